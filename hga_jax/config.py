@@ -1,0 +1,246 @@
+"""Settings as frozen data: the model's, RoPE's and the attention policy's. Nothing here computes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+POLICIES = ("sketch", "paper")
+SUMMARIES = ("mixed_rope", "mean")
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
+
+
+@dataclass(frozen=True)
+class HGAConfig:
+    """Which tokens a query attends to.
+
+    chunk_size, group_size: tokens in a chunk (64) and in a group (16); a group is one page, the unit that is fetched.
+    sink_chunks, local_chunks: the first chunks, and the chunks just before the query's own, always attended.
+    policy: "sketch" (causal threshold on estimated attention mass) or "paper" (arXiv 2606.30709: top chunks, then top groups).
+    threshold: sketch policy, the share of a query's attention mass above which a page is opened (0 < threshold < 1).
+    top_chunks, top_groups, summary: paper policy; `top_groups // 2` is what each single query requests.
+    """
+
+    chunk_size: int = 64
+    group_size: int = 16
+    sink_chunks: int = 2
+    local_chunks: int = 8
+    policy: Literal["sketch", "paper"] = "paper"
+    threshold: float = 0.004
+    top_chunks: int = 16
+    top_groups: int = 64
+    summary: Literal["mixed_rope", "mean"] = "mixed_rope"
+
+    def __post_init__(self):
+        if self.group_size <= 0 or self.chunk_size <= 0 or self.chunk_size % self.group_size:
+            raise ValueError(f"chunk_size={self.chunk_size} must be a positive multiple of group_size={self.group_size}")
+        if self.sink_chunks < 0 or self.local_chunks < 0:
+            raise ValueError(f"sink_chunks={self.sink_chunks} and local_chunks={self.local_chunks} must not be negative")
+        if self.policy not in POLICIES:
+            raise ValueError(f"policy={self.policy!r}: choose one of {', '.join(POLICIES)}")
+        if not 0.0 < self.threshold < 1.0:
+            raise ValueError(f"threshold={self.threshold} must lie between 0 and 1 (0.004 is a good start)")
+        if self.top_chunks < 1 or self.top_groups < 2:
+            raise ValueError(f"top_chunks={self.top_chunks} must be at least 1 and top_groups={self.top_groups} at least 2")
+        if self.summary not in SUMMARIES:
+            raise ValueError(f"summary={self.summary!r}: choose one of {', '.join(SUMMARIES)}")
+
+    @property
+    def groups_per_chunk(self) -> int:
+        return self.chunk_size // self.group_size
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding, half-split convention: pair i is dims (i, i + H/2), frequency theta^(-2i/H), positions from 0.
+
+    scaling: None, or one of LinearScaling, Llama3Scaling, YarnScaling.
+    """
+
+    theta: float = 10000.0
+    scaling: LinearScaling | Llama3Scaling | YarnScaling | None = None
+
+    def __post_init__(self):
+        if not self.theta > 0:
+            raise ValueError(f"rope theta={self.theta} must be positive")
+
+
+@dataclass(frozen=True)
+class LinearScaling:
+    """Position interpolation: every frequency divided by `factor`."""
+
+    factor: float
+
+
+@dataclass(frozen=True)
+class Llama3Scaling:
+    """Llama 3.1's rule: low frequencies divided by `factor`, high ones kept, a ramp between the two."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_context: int
+
+
+@dataclass(frozen=True)
+class YarnScaling:
+    """YaRN (arXiv 2309.00071). attention_factor None: 0.1 ln(factor) + 1, or from mscale and mscale_all_dim when both are given."""
+
+    factor: float
+    original_context: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+    def resolved_attention_factor(self) -> float:
+        def magnitude(scale: float, weight: float) -> float:
+            return 1.0 if scale <= 1 else 0.1 * weight * math.log(scale) + 1.0
+
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.mscale and self.mscale_all_dim:
+            return magnitude(self.factor, self.mscale) / magnitude(self.factor, self.mscale_all_dim)
+        return magnitude(self.factor, 1.0)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The decoder's shape, read from a checkpoint's config.json by `from_hf`; letters as in the README (D, N, K, H, F, E, V)."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp_size: int
+    native_context: int
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    rms_eps: float = 1e-6
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    tie_embeddings: bool = False
+    experts: int = 0
+    experts_per_token: int = 0
+    expert_size: int = 0
+    norm_topk_prob: bool = True
+    dense_layers: tuple[int, ...] = ()
+    fp8_block: tuple[int, int] | None = None
+    fp8_skip: tuple[str, ...] = ()
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        if self.heads % self.kv_heads:
+            raise ValueError(f"num_attention_heads={self.heads} must be a multiple of num_key_value_heads={self.kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even for rotary embeddings")
+        if self.experts and not 0 < self.experts_per_token <= self.experts:
+            raise ValueError(f"num_experts_per_tok={self.experts_per_token} must lie between 1 and num_experts={self.experts}")
+
+    @property
+    def queries_per_kv_head(self) -> int:
+        return self.heads // self.kv_heads
+
+    def is_moe_layer(self, layer: int) -> bool:
+        return self.experts > 0 and layer not in self.dense_layers
+
+    def with_rope(self, rope: RopeConfig) -> ModelConfig:
+        return replace(self, rope=rope)
+
+    @staticmethod
+    def from_hf(raw: Mapping[str, Any]) -> ModelConfig:
+        """Read the dict of a Hugging Face config.json. Raises ValueError naming the key when something is missing or unsupported."""
+        return _model_config_from_hf(raw)
+
+
+def _model_config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
+    kind = raw.get("model_type")
+    if kind not in MODEL_TYPES:
+        raise ValueError(f"model_type={kind!r} is not supported: supported are {', '.join(MODEL_TYPES)}")
+
+    def need(key: str) -> Any:
+        if raw.get(key) is None:
+            raise ValueError(f"config.json of this {kind} model lacks {key!r}")
+        return raw[key]
+
+    window_on = raw.get("use_sliding_window", kind == "mistral") and raw.get("sliding_window")
+    context = int(need("max_position_embeddings"))
+    if window_on and int(raw["sliding_window"]) < context:
+        raise ValueError(f"sliding_window={raw['sliding_window']} is not supported: only full attention layers (sliding_window: null) are")
+    if (activation := raw.get("hidden_act", "silu")) not in ("silu", "swish"):
+        raise ValueError(f"hidden_act={activation!r} is not supported: only silu is")
+    heads, hidden, layers = int(need("num_attention_heads")), int(need("hidden_size")), int(need("num_hidden_layers"))
+    moe = kind == "qwen3_moe"
+    dense_layers: tuple[int, ...] = ()
+    if moe:
+        step, listed = int(raw.get("decoder_sparse_step", 1)), set(raw.get("mlp_only_layers") or ())
+        dense_layers = tuple(i for i in range(layers) if i in listed or (i + 1) % step)
+    eos = raw.get("eos_token_id")
+    fp8_block, fp8_skip = _fp8_from_hf(raw.get("quantization_config"))
+    bias = bool(raw.get("attention_bias", False))
+    return ModelConfig(
+        model_type=kind, vocab_size=int(need("vocab_size")), hidden_size=hidden, layers=layers, heads=heads,
+        kv_heads=int(raw.get("num_key_value_heads") or heads), head_dim=int(raw.get("head_dim") or hidden // heads),
+        mlp_size=int(need("intermediate_size")), native_context=context, rope=rope_from_hf(raw, context), rms_eps=float(need("rms_norm_eps")),
+        qk_norm=kind in ("qwen3", "qwen3_moe"),
+        qkv_bias=True if kind == "qwen2" else bias,  # Qwen2 always has them and its config.json does not say so
+        output_bias=False if kind == "qwen2" else bias,
+        mlp_bias=bool(raw.get("mlp_bias", False)),
+        tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        experts=int(need("num_experts")) if moe else 0, experts_per_token=int(need("num_experts_per_tok")) if moe else 0,
+        expert_size=int(need("moe_intermediate_size")) if moe else 0, norm_topk_prob=bool(raw.get("norm_topk_prob", False)),
+        dense_layers=dense_layers, fp8_block=fp8_block, fp8_skip=fp8_skip,
+        bos_token_id=raw.get("bos_token_id"),
+        eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, (list, tuple)) else (int(eos),),
+    )  # fmt: skip
+
+
+def _fp8_from_hf(quantization: Mapping[str, Any] | None) -> tuple[tuple[int, int] | None, tuple[str, ...]]:
+    if not quantization:
+        return None, ()
+    method, block = quantization.get("quant_method"), quantization.get("weight_block_size")
+    if method != "fp8" or not block:
+        raise ValueError(f"quantization_config with quant_method={method!r}, weight_block_size={block} is not supported: only block-scaled fp8 is")
+    return (int(block[0]), int(block[1])), tuple(quantization.get("modules_to_not_convert") or ())
+
+
+def rope_from_hf(raw: Mapping[str, Any], native_context: int) -> RopeConfig:
+    """RopeConfig from a config.json: the `rope_theta` + `rope_scaling` pair, or the newer `rope_parameters`."""
+    nested = raw.get("rope_parameters") or {}
+    scaling = dict(nested or raw.get("rope_scaling") or {})
+    theta = raw.get("rope_theta", nested.get("rope_theta"))
+    if theta is None:
+        raise ValueError("config.json names no rope_theta: the checkpoint's own value is needed, there is no safe default")
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+
+    def need(key: str) -> Any:
+        if scaling.get(key) is None:
+            raise ValueError(f"rope scaling {kind!r} in config.json lacks {key!r}")
+        return scaling[key]
+
+    if kind == "default":
+        parsed = None
+    elif kind == "linear":
+        parsed = LinearScaling(float(need("factor")))
+    elif kind == "llama3":
+        parsed = Llama3Scaling(
+            float(need("factor")), float(need("low_freq_factor")), float(need("high_freq_factor")), int(need("original_max_position_embeddings"))
+        )
+    elif kind == "yarn":
+        parsed = YarnScaling(
+            float(need("factor")), int(scaling.get("original_max_position_embeddings") or native_context),
+            float(scaling.get("beta_fast") or 32.0), float(scaling.get("beta_slow") or 1.0),
+            scaling.get("attention_factor"), scaling.get("mscale"), scaling.get("mscale_all_dim"), bool(scaling.get("truncate", True)),
+        )  # fmt: skip
+    else:
+        raise ValueError(f"rope scaling {kind!r} is not supported: supported are default, linear, llama3, yarn")
+    return RopeConfig(float(theta), parsed)

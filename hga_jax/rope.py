@@ -1,0 +1,55 @@
+"""Rotary position embedding: frequencies from a RopeConfig, and the rotation itself (half-split pairs, as Llama and Qwen use)."""
+
+from __future__ import annotations
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from hga_jax.config import LinearScaling, Llama3Scaling, RopeConfig, YarnScaling
+
+
+def frequencies(rope: RopeConfig, head_dim: int) -> Float[np.ndarray, "H/2"]:
+    """Radians per position of each rotary pair, float64. Source: the scaling rules of the checkpoints' own config.json."""
+    exponent = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
+    base = 1.0 / rope.theta**exponent
+    scaling = rope.scaling
+    if scaling is None:
+        return base
+    if isinstance(scaling, LinearScaling):
+        return base / scaling.factor
+    if isinstance(scaling, Llama3Scaling):
+        wavelength = 2 * math.pi / base
+        rotations = scaling.original_context / wavelength
+        keep = np.clip((rotations - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor), 0.0, 1.0)
+        return keep * base + (1 - keep) * base / scaling.factor
+    return _yarn(base, scaling, rope.theta, head_dim)
+
+
+def _yarn(base: np.ndarray, scaling: YarnScaling, theta: float, head_dim: int) -> np.ndarray:
+    def pair_of(rotations: float) -> float:
+        """The (fractional) pair index that turns `rotations` times over the original context."""
+        return head_dim * math.log(scaling.original_context / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = pair_of(scaling.beta_fast), pair_of(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    ramp = np.clip((np.arange(head_dim // 2) - low) / max(high - low, 0.001), 0.0, 1.0)
+    return ramp * base / scaling.factor + (1 - ramp) * base
+
+
+def attention_factor(rope: RopeConfig) -> float:
+    """What cos and sin are multiplied by: 1, except under YaRN."""
+    return rope.scaling.resolved_attention_factor() if isinstance(rope.scaling, YarnScaling) else 1.0
+
+
+def rotate(x: Float[Array, "*B T N H"], positions: Int[Array, " T"], rope: RopeConfig) -> Float[Array, "*B T N H"]:
+    """Rotate queries or keys to their positions. Angles and the product are float32; the result has x's dtype."""
+    angle = positions[:, None].astype(jnp.float32) * jnp.asarray(frequencies(rope, x.shape[-1]), jnp.float32)
+    factor = attention_factor(rope)
+    cos, sin = (jnp.cos(angle) * factor)[:, None, :], (jnp.sin(angle) * factor)[:, None, :]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
