@@ -209,7 +209,9 @@ def _fp8_from_hf(quantization: Mapping[str, Any] | None) -> tuple[tuple[int, int
         return None, ()
     method, block = quantization.get("quant_method"), quantization.get("weight_block_size")
     if method != "fp8" or not block:
-        raise ValueError(f"quantization_config with quant_method={method!r}, weight_block_size={block} is not supported: only block-scaled fp8 is")
+        raise ValueError(
+            f"quantization_config with quant_method={method!r}, weight_block_size={block} is not supported: only block-scaled fp8 is"
+        )
     return (int(block[0]), int(block[1])), tuple(quantization.get("modules_to_not_convert") or ())
 
 
@@ -233,7 +235,10 @@ def rope_from_hf(raw: Mapping[str, Any], native_context: int) -> RopeConfig:
         parsed = LinearScaling(float(need("factor")))
     elif kind == "llama3":
         parsed = Llama3Scaling(
-            float(need("factor")), float(need("low_freq_factor")), float(need("high_freq_factor")), int(need("original_max_position_embeddings"))
+            float(need("factor")),
+            float(need("low_freq_factor")),
+            float(need("high_freq_factor")),
+            int(need("original_max_position_embeddings")),
         )
     elif kind == "yarn":
         parsed = YarnScaling(
