@@ -190,7 +190,8 @@ def _model_config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     return ModelConfig(
         model_type=kind, vocab_size=int(need("vocab_size")), hidden_size=hidden, layers=layers, heads=heads,
         kv_heads=int(raw.get("num_key_value_heads") or heads), head_dim=int(raw.get("head_dim") or hidden // heads),
-        mlp_size=int(need("intermediate_size")), native_context=context, rope=rope_from_hf(raw, context), rms_eps=float(need("rms_norm_eps")),
+        mlp_size=int(need("intermediate_size")), native_context=context,
+        rope=rope_from_hf(raw, context), rms_eps=float(need("rms_norm_eps")),
         qk_norm=kind in ("qwen3", "qwen3_moe"),
         qkv_bias=True if kind == "qwen2" else bias,  # Qwen2 always has them and its config.json does not say so
         output_bias=False if kind == "qwen2" else bias,
@@ -209,7 +210,9 @@ def _fp8_from_hf(quantization: Mapping[str, Any] | None) -> tuple[tuple[int, int
         return None, ()
     method, block = quantization.get("quant_method"), quantization.get("weight_block_size")
     if method != "fp8" or not block:
-        raise ValueError(f"quantization_config with quant_method={method!r}, weight_block_size={block} is not supported: only block-scaled fp8 is")
+        raise ValueError(
+            f"quantization_config with quant_method={method!r}, weight_block_size={block} is not supported: only block-scaled fp8 is"
+        )
     return (int(block[0]), int(block[1])), tuple(quantization.get("modules_to_not_convert") or ())
 
 
@@ -233,7 +236,10 @@ def rope_from_hf(raw: Mapping[str, Any], native_context: int) -> RopeConfig:
         parsed = LinearScaling(float(need("factor")))
     elif kind == "llama3":
         parsed = Llama3Scaling(
-            float(need("factor")), float(need("low_freq_factor")), float(need("high_freq_factor")), int(need("original_max_position_embeddings"))
+            float(need("factor")),
+            float(need("low_freq_factor")),
+            float(need("high_freq_factor")),
+            int(need("original_max_position_embeddings")),
         )
     elif kind == "yarn":
         parsed = YarnScaling(

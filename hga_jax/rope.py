@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from hga_jax.config import LinearScaling, Llama3Scaling, RopeConfig, YarnScaling
 
 
-def frequencies(rope: RopeConfig, head_dim: int) -> Float[np.ndarray, "H/2"]:
+def frequencies(rope: RopeConfig, head_dim: int) -> Float[np.ndarray, " half"]:
     """Radians per position of each rotary pair, float64. Source: the scaling rules of the checkpoints' own config.json."""
     exponent = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
     base = 1.0 / rope.theta**exponent

@@ -1,0 +1,144 @@
+"""The attention backend: settings only, handed to the decoder, which calls `prefill` and `decode` and threads the state through.
+
+A backend is a frozen dataclass (hashable, a static argument of compiled programs); the state of one layer and one sequence is a pytree
+that the backend makes and nobody else looks into. `DenseAttention` is here, `HGAAttention` in hga_jax/attention.py.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from hga_jax.cache import DeviceHistory
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Stats:
+    """Sums that become fractions when divided: each layer's call adds its own, `+` adds calls up. All float32 scalars.
+
+    queries: query tokens; attended: sum over them of (keys its softmax ran over / causal keys), averaged over heads.
+    blocks: query blocks (prefill: chunks, decode: tokens); fetched_tokens, fetched: sum over them, averaged over kv heads, of the distinct
+    tokens brought into the working set, and of that number / history tokens. refused: page requests turned down for lack of room.
+    unopened: sum over queries of the estimated attention mass of the pages not opened, averaged over heads.
+    """
+
+    queries: Float[Array, ""]
+    attended: Float[Array, ""]
+    blocks: Float[Array, ""]
+    fetched_tokens: Float[Array, ""]
+    fetched: Float[Array, ""]
+    refused: Float[Array, ""]
+    unopened: Float[Array, ""]
+
+    @staticmethod
+    def zero() -> Stats:
+        return Stats(*(jnp.float32(0) for _ in fields(Stats)))
+
+    def __add__(self, other: Stats) -> Stats:
+        return jax.tree.map(jnp.add, self, other)
+
+
+class AttentionBackend(Protocol):
+    """What the decoder asks of an attention mechanism. One layer, one sequence; batches are made with vmap."""
+
+    def init_state(self, capacity: int, kv_heads: int, head_dim: int, dtype: Any) -> Any:
+        """An empty state with room for `capacity` tokens."""
+
+    def prefill(
+        self, query: Float[Array, "T N H"], key: Float[Array, "T K H"], value: Float[Array, "T K H"], state: Any, count: Int[Array, ""]
+    ) -> tuple[Float[Array, "T N H"], Any, Stats]:
+        """Append the first `count` rows (post-RoPE) to the state and attend from each.
+
+        Rows from `count` on are padding, their outputs zero.
+        The tokens held before the call need not end at a chunk boundary.
+        """
+
+    def decode(
+        self, query: Float[Array, "N H"], key: Float[Array, "K H"], value: Float[Array, "K H"], state: Any
+    ) -> tuple[Float[Array, "N H"], Any, Stats]:
+        """Append one token and attend from it."""
+
+
+@dataclass(frozen=True)
+class DenseAttention:
+    """Exact causal attention over the whole history, in blocks with an online softmax: no [T, S] array is ever made."""
+
+    query_block: int = 128
+    key_block: int = 512
+    page_size: int = 16
+
+    def init_state(self, capacity: int, kv_heads: int, head_dim: int, dtype: Any) -> DeviceHistory:
+        capacity = (
+            -(-capacity // self.key_block) * self.key_block
+        )  # whole key blocks, so that no block is moved back over keys already seen
+        return DeviceHistory.create(capacity, kv_heads, head_dim, self.page_size, dtype)
+
+    def prefill(
+        self,
+        query: Float[Array, "T N H"],
+        key: Float[Array, "T K H"],
+        value: Float[Array, "T K H"],
+        state: DeviceHistory,
+        count: Int[Array, ""],
+    ) -> tuple[Float[Array, "T N H"], DeviceHistory, Stats]:
+        start = state.length
+        state = state.append(key, value, count)
+        length, heads, width = query.shape
+        block = min(self.query_block, length)
+        blocks = -(-length // block)
+        padded = jnp.pad(query, ((0, blocks * block - length), (0, 0), (0, 0))).reshape(blocks, block, heads, width)
+
+        def one_block(item: tuple[Array, Array]) -> Array:
+            index, q = item
+            positions = start + index * block + jnp.arange(block)
+            live = index * block + jnp.arange(block) < count
+            return jnp.where(live[:, None, None], self._attend(q, state, jnp.where(live, positions, -1)), 0)
+
+        out = lax.map(one_block, (jnp.arange(blocks), padded)).reshape(blocks * block, heads, width)[:length]
+        return out, state, self._stats(count, jnp.maximum(-(-count // 64), 1), state.length)
+
+    def decode(
+        self, query: Float[Array, "N H"], key: Float[Array, "K H"], value: Float[Array, "K H"], state: DeviceHistory
+    ) -> tuple[Float[Array, "N H"], DeviceHistory, Stats]:
+        state = state.append(key[None], value[None], jnp.int32(1))
+        out = self._attend(query[None], state, state.length[None] - 1)[0]
+        return out, state, self._stats(jnp.int32(1), jnp.int32(1), state.length)
+
+    def _attend(self, query: Float[Array, "T N H"], state: DeviceHistory, positions: Int[Array, " T"]) -> Float[Array, "T N H"]:
+        """Causal attention of queries at `positions` (-1: none) over the history; float32 accumulation."""
+        length, heads, width = query.shape
+        kv_heads = state.pages.shape[0]
+        scaled = (query.astype(jnp.float32) / math.sqrt(width)).astype(query.dtype)
+        q = scaled.reshape(length, kv_heads, heads // kv_heads, width).transpose(1, 2, 0, 3).reshape(kv_heads, -1, width)
+        rows = jnp.tile(positions, heads // kv_heads)
+
+        def step(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            peak, total, acc = carry
+            keys, values = state.span(i * (self.key_block // state.group_size), self.key_block // state.group_size)
+            scores = jnp.einsum("kqh,ksh->kqs", q, keys, preferred_element_type=jnp.float32)
+            visible = i * self.key_block + jnp.arange(self.key_block) <= rows[:, None]
+            scores = jnp.where(visible, scores, -jnp.inf)
+            new_peak = jnp.maximum(peak, jnp.max(scores, axis=-1))
+            safe = jnp.where(jnp.isfinite(new_peak), new_peak, 0)
+            weights = jnp.exp(scores - safe[..., None])
+            shrink = jnp.exp(peak - safe)
+            mixed = jnp.einsum("kqs,ksh->kqh", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+            return new_peak, total * shrink + weights.sum(-1), acc * shrink[..., None] + mixed
+
+        flat = q.shape[:2]
+        empty = (jnp.full(flat, -jnp.inf, jnp.float32), jnp.zeros(flat, jnp.float32), jnp.zeros((*flat, width), jnp.float32))
+        blocks = jnp.max(positions) // self.key_block + 1
+        _, total, acc = lax.fori_loop(0, blocks, step, empty)
+        out = acc / jnp.where(total > 0, total, 1)[..., None]
+        return out.reshape(kv_heads, -1, length, width).transpose(2, 0, 1, 3).reshape(length, heads, width).astype(query.dtype)
+
+    def _stats(self, queries: Array, blocks: Array, held: Array) -> Stats:
+        queries, blocks, zero = queries.astype(jnp.float32), blocks.astype(jnp.float32), jnp.float32(0)
+        return Stats(queries, queries, blocks, blocks * held.astype(jnp.float32), blocks, zero, zero)

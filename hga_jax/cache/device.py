@@ -1,0 +1,72 @@
+"""The device tier: the whole history of one layer and one sequence in one device array."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+
+def page_count(capacity: int, group_size: int) -> int:
+    """Pages that hold `capacity` tokens."""
+    return -(-capacity // group_size)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DeviceHistory:
+    """K/V of every token so far. pages[k, p, 0] are the keys of kv head k, tokens p*g .. p*g+g-1; pages[k, p, 1] their values.
+
+    length: tokens held, int32 scalar. What lies beyond it is zero or stale and must be masked by the reader.
+    """
+
+    pages: Float[Array, "K P 2 g H"]
+    length: Int[Array, ""]
+
+    @staticmethod
+    def create(capacity: int, kv_heads: int, head_dim: int, group_size: int, dtype) -> DeviceHistory:
+        """Room for `capacity` tokens, rounded up to whole pages."""
+        shape = (kv_heads, page_count(capacity, group_size), 2, group_size, head_dim)
+        return DeviceHistory(jnp.zeros(shape, dtype), jnp.int32(0))
+
+    @property
+    def group_size(self) -> int:
+        return self.pages.shape[3]
+
+    @property
+    def capacity(self) -> int:
+        """Tokens there is room for."""
+        return self.pages.shape[1] * self.pages.shape[3]
+
+    def append(self, key: Float[Array, "T K H"], value: Float[Array, "T K H"], count: Int[Array, ""]) -> DeviceHistory:
+        """Add the first `count` rows after the tokens held. The caller sees to it that they fit."""
+        rows = jnp.stack([key, value]).transpose(2, 0, 1, 3).astype(self.pages.dtype)  # [K, 2, T, H]
+        if key.shape[0] == 1:
+            page, slot = jnp.divmod(self.length, self.group_size)
+            pages = lax.dynamic_update_slice(self.pages, rows[:, None], (0, page, 0, slot, 0))
+            return replace(self, pages=pages, length=self.length + count)
+        # A stretch of whole pages that covers the new rows wherever they start in a page; rows outside the new ones keep what was there.
+        span = min(-(-key.shape[0] // self.group_size) + 1, self.pages.shape[1])
+        first = jnp.minimum(self.length // self.group_size, self.pages.shape[1] - span)
+        old = lax.dynamic_slice_in_dim(self.pages, first, span, axis=1)
+        source = jnp.arange(span * self.group_size) + first * self.group_size - self.length
+        new = rows[:, :, jnp.clip(source, 0, key.shape[0] - 1)].reshape(*rows.shape[:2], span, self.group_size, -1).swapaxes(1, 2)
+        fresh = ((source >= 0) & (source < count)).reshape(span, 1, self.group_size, 1)
+        pages = lax.dynamic_update_slice_in_dim(self.pages, jnp.where(fresh, new, old), first, axis=1)
+        return replace(self, pages=pages, length=self.length + count)
+
+    def span(self, first_page: Int[Array, ""], pages: int) -> tuple[Float[Array, "K S H"], Float[Array, "K S H"]]:
+        """Keys and values of `pages` neighbouring pages; a stretch that would pass an end is moved inside."""
+        part = lax.dynamic_slice_in_dim(self.pages, first_page, pages, axis=1)  # [K, n, 2, g, H]
+        keys, values = part[:, :, 0], part[:, :, 1]
+        flat = (part.shape[0], pages * self.group_size, part.shape[-1])
+        return keys.reshape(flat), values.reshape(flat)
+
+    def take(self, page_ids: Int[Array, "K n"]) -> tuple[Float[Array, "K n*g H"], Float[Array, "K n*g H"]]:
+        """Keys and values of the named pages of each kv head, in that order."""
+        part = jax.vmap(lambda pages, ids: pages[ids])(self.pages, page_ids)  # [K, n, 2, g, H]
+        flat = (part.shape[0], part.shape[1] * self.group_size, part.shape[-1])
+        return part[:, :, 0].reshape(flat), part[:, :, 1].reshape(flat)

@@ -1,0 +1,45 @@
+"""Weights that stay FP8: e4m3 values with one scale per block, as Qwen's FP8 checkpoints store them; dequantising is the matmul's business."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class BlockScaled:
+    """A weight [..., out, in] as values (float8_e4m3fn) times scales, one per block (those at the edges may be partial)."""
+
+    values: Float[Array, "*E out in"]
+    scales: Float[Array, "*E out_blocks in_blocks"]
+    block: tuple[int, int] = field(default=(128, 128), metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    def __getitem__(self, index) -> BlockScaled:
+        """Index leading (expert) dimensions only."""
+        return BlockScaled(self.values[index], self.scales[index], self.block)
+
+
+Weight = Array | BlockScaled
+
+
+def dequantize(weight: Weight, dtype) -> Array:
+    """The plain array: values * scales in float32, then `dtype`."""
+    if not isinstance(weight, BlockScaled):
+        return weight.astype(dtype)
+    rows, columns = weight.shape[-2:]
+    scales = jnp.repeat(weight.scales, weight.block[0], axis=-2)[..., :rows, :]
+    scales = jnp.repeat(scales, weight.block[1], axis=-1)[..., :columns]
+    return (weight.values.astype(jnp.float32) * scales.astype(jnp.float32)).astype(dtype)
+
+
+def matmul(x: Float[Array, "*B in"], weight: Weight) -> Float[Array, "*B out"]:
+    """x @ weight.T with weight [out, in], float32 accumulation, result in x's dtype."""
+    return jnp.einsum("...i,oi->...o", x, dequantize(weight, x.dtype), preferred_element_type=jnp.float32).astype(x.dtype)
