@@ -33,6 +33,7 @@ class Found(NamedTuple):
     nbytes: int
 
 
+@runtime_checkable
 class Source(Protocol):
     """A checkpoint of another format."""
 
