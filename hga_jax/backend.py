@@ -54,8 +54,9 @@ class AttentionBackend(Protocol):
     def prefill(
         self, query: Float[Array, "T N H"], key: Float[Array, "T K H"], value: Float[Array, "T K H"], state: Any, count: Int[Array, ""]
     ) -> tuple[Float[Array, "T N H"], Any, Stats]:
-        """Append the first `count` rows (post-RoPE) to the state and attend from each. Rows from `count` on are padding, their outputs zero.
+        """Append the first `count` rows (post-RoPE) to the state and attend from each.
 
+        Rows from `count` on are padding, their outputs zero.
         The tokens held before the call need not end at a chunk boundary.
         """
 

@@ -194,7 +194,8 @@ def _model_config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     return ModelConfig(
         model_type=kind, vocab_size=int(need("vocab_size")), hidden_size=hidden, layers=layers, heads=heads,
         kv_heads=int(raw.get("num_key_value_heads") or heads), head_dim=int(raw.get("head_dim") or hidden // heads),
-        mlp_size=int(need("intermediate_size")), native_context=context, rope=rope_from_hf(raw, context), rms_eps=float(need("rms_norm_eps")),
+        mlp_size=int(need("intermediate_size")), native_context=context,
+        rope=rope_from_hf(raw, context), rms_eps=float(need("rms_norm_eps")),
         qk_norm=kind in ("qwen3", "qwen3_moe"),
         qkv_bias=True if kind == "qwen2" else bias,  # Qwen2 always has them and its config.json does not say so
         output_bias=False if kind == "qwen2" else bias,

@@ -1,4 +1,4 @@
-"""Weights that stay FP8: e4m3 values with one float scale per block, as Qwen's FP8 checkpoints store them. Dequantising is the matmul's business."""
+"""Weights that stay FP8: e4m3 values with one scale per block, as Qwen's FP8 checkpoints store them; dequantising is the matmul's business."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class BlockScaled:
-    """A weight [..., out, in] as values (float8_e4m3fn) times scales, one per block of rows and columns (the last blocks may be partial)."""
+    """A weight [..., out, in] as values (float8_e4m3fn) times scales, one per block (those at the edges may be partial)."""
 
     values: Float[Array, "*E out in"]
     scales: Float[Array, "*E out_blocks in_blocks"]

@@ -59,7 +59,7 @@ class DeviceHistory:
         return replace(self, pages=pages, length=self.length + count)
 
     def span(self, first_page: Int[Array, ""], pages: int) -> tuple[Float[Array, "K S H"], Float[Array, "K S H"]]:
-        """Keys and values of `pages` neighbouring pages; a stretch that would pass either end is moved inside, as lax.dynamic_slice does."""
+        """Keys and values of `pages` neighbouring pages; a stretch that would pass an end is moved inside."""
         part = lax.dynamic_slice_in_dim(self.pages, first_page, pages, axis=1)  # [K, n, 2, g, H]
         keys, values = part[:, :, 0], part[:, :, 1]
         flat = (part.shape[0], pages * self.group_size, part.shape[-1])
