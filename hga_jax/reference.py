@@ -1,7 +1,7 @@
 """Hierarchical global attention as slow float64 numpy, one token at a time: what the fast path is tested against.
 
-It follows the method's description sentence by sentence (arXiv 2606.30709 for the paper policy, the README for the sketch policy) and shares
-no code with summaries.py, routing.py or attention.py; only the rotary frequencies of a RopeConfig come from rope.py.
+It follows the method's description sentence by sentence (arXiv 2606.30709 for the paper policy, the README for the sketch policy) and
+shares no code with summaries.py, routing.py or attention.py; only the rotary frequencies of a RopeConfig come from rope.py.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def reference_attention(
     query_start: int = 0,
     scale: float | None = None,
 ) -> Reference:
-    """Attention of one call's queries over the history: query [T, N, H] at positions query_start.., key and value [S, K, H], S = query_start + T.
+    """Attention of one call's queries: query [T, N, H] at positions query_start.., key and value [S, K, H] with S = query_start + T.
 
     T = 1 is a decode step of the paper policy. The sketch policy starts with no remembered requests.
     """
@@ -106,7 +106,7 @@ def _best(scores: dict[int, float], count: int) -> list[int]:
 
 
 def _paper(query, key, config, rope, rotation, query_start, scale):
-    length, heads, width = query.shape
+    length, heads = query.shape[:2]
     kv_heads, size, pages = key.shape[1], config.chunk_size, config.groups_per_chunk
     closed = len(key) // size
     chunk_sums = [_paper_summary(key[c * size : (c + 1) * size], c * size, config, rope) for c in range(closed)]
