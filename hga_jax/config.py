@@ -176,10 +176,10 @@ def _model_config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
             raise ValueError(f"config.json of this {kind} model lacks {key!r}")
         return raw[key]
 
-    window_on = raw.get("use_sliding_window", kind == "mistral") and raw.get("sliding_window")
     context = int(need("max_position_embeddings"))
-    if window_on and int(raw["sliding_window"]) < context:
-        raise ValueError(f"sliding_window={raw['sliding_window']} is not supported: only full attention layers (sliding_window: null) are")
+    window = raw.get("sliding_window", 4096) if raw.get("use_sliding_window", kind == "mistral") else None  # 4096: what an absent key means
+    if window and int(window) < context:
+        raise ValueError(f"sliding_window={window} is not supported: only full attention layers (sliding_window: null) are")
     if (activation := raw.get("hidden_act", "silu")) not in ("silu", "swish"):
         raise ValueError(f"hidden_act={activation!r} is not supported: only silu is")
     heads, hidden, layers = int(need("num_attention_heads")), int(need("hidden_size")), int(need("num_hidden_layers"))
@@ -191,6 +191,7 @@ def _model_config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     eos = raw.get("eos_token_id")
     fp8_block, fp8_skip = _fp8_from_hf(raw.get("quantization_config"))
     bias = bool(raw.get("attention_bias", False))
+    experts_key = "num_experts" if "num_experts" in raw else "num_local_experts"  # the second is what transformers 5 saves
     return ModelConfig(
         model_type=kind, vocab_size=int(need("vocab_size")), hidden_size=hidden, layers=layers, heads=heads,
         kv_heads=int(raw.get("num_key_value_heads") or heads), head_dim=int(raw.get("head_dim") or hidden // heads),
@@ -201,7 +202,7 @@ def _model_config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
         output_bias=False if kind == "qwen2" else bias,
         mlp_bias=bool(raw.get("mlp_bias", False)),
         tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        experts=int(need("num_experts")) if moe else 0, experts_per_token=int(need("num_experts_per_tok")) if moe else 0,
+        experts=int(need(experts_key)) if moe else 0, experts_per_token=int(need("num_experts_per_tok")) if moe else 0,
         expert_size=int(need("moe_intermediate_size")) if moe else 0, norm_topk_prob=bool(raw.get("norm_topk_prob", False)),
         dense_layers=dense_layers, fp8_block=fp8_block, fp8_skip=fp8_skip,
         bos_token_id=raw.get("bos_token_id"),
@@ -224,9 +225,12 @@ def rope_from_hf(raw: Mapping[str, Any], native_context: int) -> RopeConfig:
     """RopeConfig from a config.json: the `rope_theta` + `rope_scaling` pair, or the newer `rope_parameters`."""
     nested = raw.get("rope_parameters") or {}
     scaling = dict(nested or raw.get("rope_scaling") or {})
-    theta = raw.get("rope_theta", nested.get("rope_theta"))
+    theta = nested.get("rope_theta") or raw.get("rope_theta")
     if theta is None:
         raise ValueError("config.json names no rope_theta: the checkpoint's own value is needed, there is no safe default")
+    partial = scaling.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0
+    if partial != 1.0:
+        raise ValueError(f"partial_rotary_factor={partial} in config.json is not supported: only 1.0 is, rotating the whole head")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
 
     def need(key: str) -> Any:

@@ -1,4 +1,4 @@
-"""The compiled programs: one layer over a super-block (prefill), all layers over n tokens (decode). Buffers are donated here and nowhere else.
+"""The compiled programs: one layer over a super-block (prefill), all layers over n tokens (decode). Buffers are donated only here.
 
 Prefill is layer-major: a whole super-block of the prompt runs through layer l before layer l+1, so that one compiled layer serves all
 layers, one layer's K/V is at hand while it is needed, and each page moves once. Nothing recompiles when a length changes: lengths are
@@ -8,6 +8,7 @@ data, and arrays come in a few sizes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,16 @@ from hga_jax.sampling import Sampling, sample
 
 SUPER_BLOCK = 65536  # tokens that run through a layer before the next layer starts
 SEGMENT = 1024  # tokens whose projections and MLP are computed at a time: bounds activations
+
+
+@dataclass(frozen=True)
+class SuperBlock:
+    """What prefill made of one super-block: activations after the last layer, of which the first `count` rows are tokens."""
+
+    x: Float[Array, "S D"]
+    count: int
+    states: tuple[Any, ...]
+    stats: Stats
 
 
 def new_states(decoder: Decoder, backend: AttentionBackend, capacity: int, dtype: Any) -> tuple[Any, ...]:
@@ -84,11 +95,11 @@ def prefill_blocks(
     segment: int = SEGMENT,
     super_block: int = SUPER_BLOCK,
     on_layer: Callable[[float], None] | None = None,
-) -> Iterator[tuple[Float[Array, "S D"], int, tuple[Any, ...], Stats]]:
+) -> Iterator[SuperBlock]:
     """Run tokens (positions first, first+1, ...) through all layers, super-block by super-block.
 
-    Yields (activations after the last layer, how many of their rows are tokens, states, stats of this super-block). The states passed in
-    are consumed. `on_layer` hears the tokens' worth of work done so far after every layer.
+    The states passed in are consumed; those of the last block yielded replace them. `on_layer` hears, after every layer, how many tokens'
+    worth of work is done.
     """
     for begin in range(0, len(tokens), super_block):
         part = np.asarray(tokens[begin : begin + super_block], np.int32)
@@ -103,7 +114,7 @@ def prefill_blocks(
                 x.block_until_ready()
                 on_layer(begin + len(part) * (index + 1) / len(states))
         states = tuple(done)
-        yield x, len(part), states, stats
+        yield SuperBlock(x, len(part), states, stats)
 
 
 def decode_step(

@@ -1,4 +1,4 @@
-"""Weights that stay FP8: e4m3 values with one scale per block, as Qwen's FP8 checkpoints store them; dequantising is the matmul's business."""
+"""Weights that stay FP8: e4m3 values with a scale per block, as Qwen's FP8 checkpoints store them; dequantising is the matmul's job."""
 
 from __future__ import annotations
 
