@@ -157,6 +157,14 @@ class ModelConfig:
     def is_moe_layer(self, layer: int) -> bool:
         return self.experts > 0 and layer not in self.dense_layers
 
+    def is_fp8(self, module: str) -> bool:
+        """Whether a projection, by its name in the checkpoint ("model.layers.0.self_attn.q_proj"), is stored as FP8.
+
+        An entry of the checkpoint's modules_to_not_convert covers the module of that name, all below it, and all whose name ends with it.
+        """
+        skipped = any(module == name or module.startswith(name + ".") or module.endswith("." + name) for name in self.fp8_skip)
+        return self.fp8_block is not None and not skipped
+
     def with_rope(self, rope: RopeConfig) -> ModelConfig:
         return replace(self, rope=rope)
 

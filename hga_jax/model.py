@@ -33,9 +33,9 @@ class Parameters:
     def weight(self, name: str, *shape: int) -> nnx.Param:
         """A projection; `name` is the checkpoint's module name, by which FP8 checkpoints list what they left unquantised."""
         values = jax.random.normal(self._next_key(), shape, jnp.float32) / shape[-1] ** 0.5
-        block = self.config.fp8_block
-        if block is None or name in self.config.fp8_skip:
+        if not self.config.is_fp8(name):
             return nnx.Param(values.astype(self.dtype))
+        block = self.config.fp8_block
         scales = jnp.full((*shape[:-2], -(-shape[-2] // block[0]), -(-shape[-1] // block[1])), 4 / shape[-1] ** 0.5 / 448, jnp.float32)
         return nnx.Param(BlockScaled((values * (448 / 4 * shape[-1] ** 0.5)).astype(jnp.float8_e4m3fn), scales, block))
 
