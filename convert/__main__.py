@@ -30,9 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         with bar:
-            target = convert_checkpoint(
-                options.source, options.target, dtype=options.dtype, overwrite=options.overwrite, progress=advance
-            )
+            target = convert_checkpoint(options.source, options.target, dtype=options.dtype, overwrite=options.overwrite, progress=advance)
     except (ValueError, OSError, NotImplementedError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -56,13 +56,15 @@ def load_decoder(
     if checkpoint.is_converted(path):
         saved = checkpoint.read_settings(path)
         config, dtype = saved.config, check_dtype(saved.dtype if dtype is None else dtype)
-        arrays = checkpoint.restore(path, array_targets(Decoder.abstract(config, dtype)), _placement(sharding), progress)
+        decoder = Decoder.abstract(config, dtype)
+        arrays = checkpoint.restore(path, array_targets(decoder), _placement(sharding), progress)
         leaves = dict(_leaves(arrays, config, dtype, fp8, _placement(sharding)))
     else:
         source = open_source(path)
         try:
             config, dtype = source.config, check_dtype(source.dtype if dtype is None else dtype)
-            targets = array_targets(Decoder.abstract(config, dtype))
+            decoder = Decoder.abstract(config, dtype)
+            targets = array_targets(decoder)
             check_source(source, targets)
             place = _placement(sharding) if fp8 == "keep" else _placement(None)
             arrays = stream_arrays(source, make_units(source, targets), partial(_to_device, place), progress, host_bytes, readers)
@@ -71,7 +73,8 @@ def load_decoder(
             source.close()
     if fp8 == "dequantize":
         config = replace(config, fp8_block=None, fp8_skip=())
-    return with_weights(Decoder.abstract(config, dtype), leaves), config
+        decoder = Decoder.abstract(config, dtype)
+    return with_weights(decoder, leaves), config
 
 
 def read_config(path: str | os.PathLike[str]) -> ModelConfig:

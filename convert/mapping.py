@@ -76,7 +76,7 @@ class Part:
 
 
 def split_key(key: str) -> tuple[str, str]:
-    """"layers.0.mlp.gate.values" -> ("layers.0.mlp.gate", "values"); the second is "" for plain arrays."""
+    """ "layers.0.mlp.gate.values" -> ("layers.0.mlp.gate", "values"); the second is "" for plain arrays."""
     for piece in ("values", "scales"):
         if key.endswith("." + piece):
             return key[: -len(piece) - 1], piece

@@ -90,7 +90,9 @@ class SafetensorsDirectory:
                 if placed is not None and placed.get(name, file) != file:
                     continue  # a stray copy of a tensor that the index places elsewhere
                 if name in self.tensors:
-                    raise ValueError(f"{self.path}: {name!r} is in {self.tensors[name].file.name} and in {file}, and the index lists neither")
+                    raise ValueError(
+                        f"{self.path}: {name!r} is in {self.tensors[name].file.name} and in {file}, and the index lists neither"
+                    )
                 self.tensors[name], self._file_of[name] = info, opened
 
     def view(self, name: str) -> np.ndarray:
