@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
@@ -32,6 +32,7 @@ class Found(NamedTuple):
     nbytes: int
 
 
+@runtime_checkable
 class Source(Protocol):
     """A checkpoint of another format."""
 

@@ -16,9 +16,10 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from hga_jax.cache import DeviceHistory
+from hga_jax.pytree import register
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclass(frozen=True)
 class Stats:
     """Sums that become fractions when divided: each layer's call adds its own, `+` adds calls up. All float32 scalars.

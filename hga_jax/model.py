@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from hga_jax.backend import AttentionBackend, Stats
 from hga_jax.config import ModelConfig
 from hga_jax.moe import expert_mlp
-from hga_jax.quantized import BlockScaled, Weight, matmul
+from hga_jax.quantized import AbstractWeight, BlockScaled, matmul
 from hga_jax.rope import rotate
 
 
@@ -195,7 +195,7 @@ class Decoder(nnx.Module):
         return jnp.einsum("...d,vd->...v", self.final_norm(x), weight.get_value(), preferred_element_type=jnp.float32)
 
 
-def weight_leaves(decoder: Decoder) -> dict[str, Weight]:
+def weight_leaves(decoder: Decoder) -> dict[str, AbstractWeight]:
     """Every parameter by its path in the tree, e.g. "layers.0.attention.q.weight": arrays, shapes, or BlockScaled of either."""
     flat = nnx.to_flat_state(nnx.state(decoder))
     return {".".join(str(part) for part in path): leaf.get_value() for path, leaf in flat}
