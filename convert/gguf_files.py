@@ -43,10 +43,8 @@ class GGUFFile:
             size = self.path.stat().st_size
         except OSError as error:
             raise ValueError(f"{self.path}: cannot be read: {error.strerror}") from error
-        if self.metadata.get("split.count", 0) > 1:
-            raise ValueError(
-                f"{self.path}: is one of {self.metadata['split.count']} parts: join them first with `llama-gguf-split --merge`"
-            )
+        if (parts := self.metadata.get("split.count", 0)) > 1:
+            raise ValueError(f"{self.path}: is one of {parts} parts: join them first with `llama-gguf-split --merge`")
         self.tensors: dict[str, GGUFTensor] = {}
         for name, info in table.items():
             try:

@@ -23,6 +23,7 @@ from convert.stream import HOST_BYTES, READERS, make_units, stream_arrays
 from hga_jax.config import ModelConfig
 from hga_jax.model import Decoder, weight_leaves
 from hga_jax.quantized import BlockScaled, Weight, dequantize
+from hga_jax.text.gguf_metadata import read_gguf_metadata
 from hga_jax.text.tokenizer import Tokenizer
 
 DTYPES = ("bfloat16", "float32", "float16")
@@ -92,7 +93,8 @@ def read_tokenizer(path: str | os.PathLike[str]) -> Tokenizer | None:
     path = Path(path)
     if path.is_dir():
         return Tokenizer.from_directory(path) if (path / "tokenizer.json").is_file() else None
-    return Tokenizer.from_gguf(path)
+    metadata = read_gguf_metadata(path)
+    return Tokenizer.from_gguf(metadata) if "tokenizer.ggml.model" in metadata else None
 
 
 def open_source(path: Path) -> Source:

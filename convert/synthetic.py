@@ -34,9 +34,9 @@ from hga_jax.config import ModelConfig
 from hga_jax.model import Decoder
 
 QWEN3 = {
-    "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 151643, "eos_token_id": 151645, "hidden_act": "silu", "head_dim": 128,
-    "initializer_range": 0.02, "rms_norm_eps": 1e-6, "rope_scaling": None, "sliding_window": None, "torch_dtype": "bfloat16",
-    "use_cache": True, "use_sliding_window": False, "vocab_size": 151936,
+    "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 151643, "eos_token_id": 151645, "hidden_act": "silu",
+    "head_dim": 128, "initializer_range": 0.02, "rms_norm_eps": 1e-6, "rope_scaling": None, "sliding_window": None,
+    "torch_dtype": "bfloat16", "use_cache": True, "use_sliding_window": False, "vocab_size": 151936,
 }  # fmt: skip
 # Qwen/Qwen3-30B-A3B-Instruct-2507
 QWEN3_30B = QWEN3 | {
@@ -104,7 +104,7 @@ def write_synthetic(
     *,
     layers: int | None = None,
     tiny: bool = False,
-    max_shard_bytes: float = 5e9,
+    max_shard_bytes: int = 5_000_000_000,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> Path:
@@ -137,6 +137,9 @@ def write_synthetic(
             weight_map = {item[0]: name for name, shard in zip(names, shards, strict=True) for item in shard}
             (partial / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
         (partial / "config.json").write_text(json.dumps(raw, indent=2))
+        if not tiny:  # the two tokens at which the real model stops
+            ends = {"bos_token_id": 151643, "eos_token_id": [151645, 151643], "pad_token_id": 151643}
+            (partial / "generation_config.json").write_text(json.dumps(ends, indent=2))
         os.replace(partial, out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -148,7 +151,7 @@ def _size(item: Reference) -> int:
     return math.prod(item[1]) * item[2].itemsize
 
 
-def _shards(tensors: list[Reference], limit: float) -> list[list[Reference]]:
+def _shards(tensors: list[Reference], limit: int) -> list[list[Reference]]:
     """Filled one after another, as save_pretrained does."""
     shards: list[list[Reference]] = [[]]
     filled = 0
@@ -244,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         total = sum(_size(item) for item in list_tensors(make_config(options.like, options.layers, options.tiny)))
         with tqdm(desc=out, total=total, unit="B", unit_scale=True, disable=None) as bar:
             write_synthetic(
-                out, options.like, layers=options.layers, tiny=options.tiny, max_shard_bytes=options.max_shard_gb * 1e9,
+                out, options.like, layers=options.layers, tiny=options.tiny, max_shard_bytes=int(options.max_shard_gb * 1e9),
                 seed=options.seed, progress=bar.update,
             )  # fmt: skip
     except (ValueError, OSError) as error:
