@@ -11,8 +11,11 @@ from checkpoints import GOLDEN, assert_same_weights, golden_config, tensors_of, 
 
 from convert import load_decoder, read_config
 from convert.__main__ import main
+from convert.checking import array_targets
+from convert.load import open_source
 from convert.mapping import TABLE
 from convert.save import convert_checkpoint
+from convert.stream import make_units, stream_arrays
 from hga_jax.config import ModelConfig
 from hga_jax.language_model import LanguageModel
 from hga_jax.model import Decoder, weight_leaves
@@ -84,6 +87,37 @@ def test_sharded_and_single_file_checkpoints_are_the_same():
 def test_memory_for_one_layer_is_enough():
     plenty, _ = load_decoder(GOLDEN / "qwen3_moe")
     assert_same_weights(load_decoder(GOLDEN / "qwen3_moe", host_bytes=1, readers=1)[0], plenty)
+
+
+def test_host_buffers_used_again_hold_nothing_of_their_last_use():
+    """As on a GPU: each array is copied away and its buffer goes back to the readers. A third of the checkpoint fits at a time."""
+    source = open_source(GOLDEN / "qwen3_moe_fp8")
+    targets = array_targets(Decoder.abstract(source.config, jnp.bfloat16))
+    seen, copies = set(), {}
+
+    def put(key, host):
+        seen.add(host.ctypes.data)
+        return host.copy(), True
+
+    limit = sum(item.size * item.dtype.itemsize for item in targets.values()) // 3
+    copies = dict(stream_arrays(source, make_units(source, targets), put, host_bytes=limit))
+    assert len(seen) < 0.8 * len(copies)  # some buffers did serve twice
+    decoder, _ = load_decoder(GOLDEN / "qwen3_moe_fp8", dtype="bfloat16")
+    for path, leaf in weight_leaves(decoder).items():
+        pieces = {".values": leaf.values, ".scales": leaf.scales} if isinstance(leaf, BlockScaled) else {"": leaf}
+        for piece, array in pieces.items():
+            assert copies[path + piece].tobytes() == np.asarray(array).tobytes(), path + piece
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["qwen3_moe_fp8", "llama_yarn"])
+def test_a_gpu_gets_the_bits_that_a_cpu_gets(family, tmp_path):
+    cpu, gpu = jax.local_devices(backend="cpu")[0], jax.devices("gpu")[0]
+    expected, _ = load_decoder(GOLDEN / family, sharding=cpu)
+    for path in (GOLDEN / family, convert_checkpoint(GOLDEN / family, tmp_path / "converted")):
+        decoder, _ = load_decoder(path, sharding=gpu, host_bytes=200_000)
+        assert decoder.embedding.get_value().devices() == {gpu}
+        assert_same_weights(decoder, expected)
 
 
 def test_weights_go_where_the_sharding_says():
