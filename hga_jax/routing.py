@@ -13,12 +13,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hga_jax.config import HGAConfig
 from hga_jax.pytree import register
-from hga_jax.sketches import KeySketches, estimated_keys
+from hga_jax.sketches import KeySketches, estimated_scores
 from hga_jax.summaries import KeySums
 
 SMALLEST_RUNG = 128  # chunks below which scoring fewer of them gains nothing
 CHUNKS_AT_ONCE = 16  # chunks whose sketches are read in one step of a scan: 1024 tokens, enough for full-speed matmuls
-_EXACT = lax.Precision.HIGHEST  # a threshold is compared with: no TF32
 
 
 @register
@@ -70,6 +69,43 @@ def _requests(scores: Float[Array, "*B Q n"], count: int) -> tuple[Float[Array, 
     return shared, jnp.min(jnp.where(asked, rows, len(rows)), axis=-2)
 
 
+def first_requests(scores: Float[Array, "*B Q n"], count: int, watched: Float[Array, "*B Q w"]) -> Int[Array, "*B w"]:
+    """The first row that has the watched entry among its `count` best (Q: none). watched: some columns of scores; -inf never counts.
+
+    Each row's threshold is bisected only until it is clear which row comes first for every column: a few passes, where finding all
+    thresholds exactly takes dozens.
+    """
+    length = scores.shape[-2]
+    rows = jnp.arange(length)[:, None]
+    there = scores > -jnp.inf
+    top = jnp.max(scores, axis=-1, keepdims=True)
+    low = jnp.min(jnp.where(there, scores, jnp.inf), axis=-1, keepdims=True)
+    high = jnp.nextafter(top, jnp.inf)
+    everything = jnp.sum(there, axis=-1, keepdims=True) <= count
+    lowest = jnp.finfo(scores.dtype).min
+    # low <= the row's threshold < high, or low == high: exactly the entries from there on are asked for.
+    low, high = jnp.where(everything, lowest, low), jnp.where(everything, lowest, high)
+
+    def first(high: Array) -> Array:
+        return jnp.min(jnp.where(watched >= high, rows, length), axis=-2)
+
+    def unclear(bounds: tuple[Array, Array]) -> Array:
+        low, high = bounds
+        return jnp.any((watched >= low) & (watched < high) & (rows < first(high)[..., None, :]))
+
+    def halve(bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds
+        middle = low + (high - low) / 2
+        above = jnp.sum(scores >= middle, axis=-1, keepdims=True)
+        exact = (above == count) & (high > low)
+        stuck = (middle <= low) | (middle >= high)  # neighbouring floats: low is the threshold
+        new_low = jnp.where(stuck, low, jnp.where(above >= count, middle, low))
+        new_high = jnp.where(stuck, low, jnp.where(above >= count, high, middle))
+        return jnp.where(high > low, new_low, low), jnp.where(high > low, jnp.where(exact & ~stuck, middle, new_high), high)
+
+    return first(lax.while_loop(unclear, halve, (low, high))[1])
+
+
 def request_top(
     query: Float[Array, "K B G Q H"],
     live: Bool[Array, "B Q"],
@@ -107,9 +143,11 @@ def _selected_chunks(
         middle = (chunk >= config.sink_chunks) & (chunk < middle_end)
         scores = jnp.einsum("kgqh,kmh->kgqm", query, sums[:, :scored].astype(jnp.float32))
         scores = jnp.where(middle & live[:, None], scores, -jnp.inf)
-        shared, first = _requests(scores, config.top_chunks)
-        best, selected = lax.top_k(shared, count)
-        return selected, jnp.where(best > -jnp.inf, jnp.take_along_axis(first, selected, axis=-1), length)
+        # The best `count` by the block's largest score are the best by shared score: where such a chunk has its largest score, fewer than
+        # `count` chunks score higher, so that row requests it.
+        best, selected = lax.top_k(scores.max(-2), count)
+        since = first_requests(scores, count, jnp.take_along_axis(scores, selected[..., None, :], axis=-1))
+        return selected, jnp.where(best > -jnp.inf, since, length)
 
     # Early blocks of a long history score only a half, a quarter, ... of it: sizes must be static.
     rungs = [chunks]
@@ -162,14 +200,14 @@ def grant_each(requests: Selection, block: Int[Array, ""], own_chunk: Int[Array,
 class PageRequests:
     """What the queries of B blocks ask for: length = Q of each of G heads, r = G * Q rows a block.
 
-    first: the first row of the block that asks for the page (Q: none). scores: estimated page scores,
-    that of page p and block b at p * B + b. mass_unit: exp(score - mass_unit) is
-    the page's share of the row's attention mass. routed_mass: that of all routed pages together, 0 for rows that are not live.
+    first: the first row of the block that asks for the page (Q: none). scores: estimated page scores, in tiles of `tile` pages as they were
+    scanned (see _tile_start); exp(score - mass_unit) is a page's share of the row's attention mass. routed_mass: that of all routed pages
+    together, 0 for rows that are not live.
     """
 
     length: int = field(metadata={"static": True})
     first: Int[Array, "B K P"]
-    scores: Float[Array, "K PB r"]
+    scores: Float[Array, "tiles K B r tile"]
     mass_unit: Float[Array, "K B r"]
     routed_mass: Float[Array, "K B r"]
 
@@ -198,26 +236,26 @@ def request_by_threshold(
     end_pages = jnp.maximum(own_chunks - config.local_chunks, config.sink_chunks) * pages
     end_of_row = jnp.repeat(end_pages, ratio * length)
     tiles = jnp.where(end_pages[-1] > first_page, -(-end_pages[-1] // step), 0)
-    rotated = jnp.einsum("krh,hi->kri", query.astype(jnp.float32).reshape(kv_heads, rows, width) * scale, rotation, precision=_EXACT)
-
-    def begin_of(tile: Array) -> Array:
-        return jnp.minimum(tile * chunks, sketches.means.shape[1] - chunks)  # the last tile may reach back over pages already done
+    most_tiles = -(-total_pages // step)
+    flat = query.astype(jnp.float32).reshape(kv_heads, rows, width) * scale
+    rotated = jnp.einsum("krh,hi->kri", flat, rotation, precision=lax.Precision.HIGHEST)
 
     def score(tile: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         scores, peak, total = carry
-        begin = begin_of(tile)
-        estimates = estimated_keys(sketches, begin, chunks, rotation)
-        tokens = jnp.einsum("ksh,krh->ksr", estimates, rotated, precision=_EXACT)
-        fresh = tokens.reshape(kv_heads, step, config.group_size, rows).max(2)  # a page weighs as much as its best token
-        page = begin * pages + jnp.arange(step)[:, None]
-        fresh = jnp.where((page >= first_page) & (page < end_of_row), fresh, -jnp.inf)
-        counted = jnp.where(page >= tile * step, fresh, -jnp.inf)
-        new_peak = jnp.maximum(peak, counted.max(1))
-        total = total * jnp.exp(peak - new_peak) + jnp.exp(counted - new_peak[:, None]).sum(1)
-        return lax.dynamic_update_slice_in_dim(scores, fresh, begin * pages, axis=1), new_peak, total
+        begin = _tile_start(tile, step, total_pages)
+        tokens = estimated_scores(sketches, begin // pages, chunks, rotated, rotation)
+        fresh = tokens.reshape(kv_heads, rows, step, config.group_size).max(-1)  # a page weighs as much as its best token
+        page = begin + jnp.arange(step)
+        counted = (page >= jnp.maximum(first_page, tile * step)) & (
+            page < end_of_row[:, None]
+        )  # each page once, in the first tile it is in
+        fresh = jnp.where(counted, fresh, -jnp.inf)
+        new_peak = jnp.maximum(peak, fresh.max(-1))
+        total = total * jnp.exp(peak - new_peak) + jnp.exp(fresh - new_peak[..., None]).sum(-1)
+        return scores.at[tile].set(fresh), new_peak, total
 
     window_mass = window_mass.reshape(kv_heads, rows)
-    start = (jnp.full((kv_heads, total_pages, rows), -jnp.inf), window_mass, jnp.ones((kv_heads, rows)))
+    start = (jnp.empty((most_tiles, kv_heads, rows, step)), window_mass, jnp.ones((kv_heads, rows)))  # tiles not scanned are not read
     scores, peak, total = lax.fori_loop(0, tiles, score, start)
     mass_unit = peak + jnp.log(total)
     row_live = jnp.broadcast_to(live[:, None], (blocks, ratio, length)).reshape(rows)
@@ -225,16 +263,21 @@ def request_by_threshold(
     row = jnp.arange(rows) % length
 
     def ask(tile: Array, first: Array) -> Array:
-        begin = begin_of(tile) * pages
-        asked = lax.dynamic_slice_in_dim(scores, begin, step, axis=1) >= least[:, None]
-        asking = jnp.where(asked, row, length).reshape(kv_heads, step, blocks, -1).min(-1)
-        return lax.dynamic_update_slice_in_dim(first, asking.transpose(2, 0, 1), begin, axis=2)
+        begin = _tile_start(tile, step, total_pages)
+        asking = jnp.where(scores[tile] >= least[..., None], row[:, None], length).reshape(kv_heads, blocks, -1, step).min(2).swapaxes(0, 1)
+        before = lax.dynamic_slice_in_dim(first, begin, step, axis=2)
+        return lax.dynamic_update_slice_in_dim(first, jnp.minimum(before, asking), begin, axis=2)
 
     first = lax.fori_loop(0, tiles, ask, jnp.full((blocks, kv_heads, total_pages), length))
     routed_mass = jnp.where(row_live, 1 - jnp.exp(window_mass - mass_unit), 0)
     by_block = (kv_heads, blocks, ratio * length)
-    scores = scores.reshape(kv_heads, total_pages * blocks, ratio * length)
+    scores = scores.reshape(most_tiles, *by_block, step)
     return PageRequests(length, first, scores, mass_unit.reshape(by_block), routed_mass.reshape(by_block))
+
+
+def _tile_start(tile: Int[Array, "*n"], step: int, total_pages: int) -> Int[Array, "*n"]:
+    """First page of a tile of `step` pages; the last tile reaches back so as to end with the pages."""
+    return jnp.minimum(tile * step, total_pages - step)
 
 
 def grant_remembered(
@@ -246,7 +289,7 @@ def grant_remembered(
     rows one by one.
     """
     first = requests.first[block]
-    kv_heads, _, rows = requests.scores.shape
+    kv_heads, _, rows = requests.mass_unit.shape
     length = requests.length
     carried = stamps >= own_chunk - 1
     capacity = min(capacity, stamps.shape[1])
@@ -287,17 +330,19 @@ def _opened_mass(
     requests: PageRequests, block: Int[Array, ""], ids: Int[Array, "K n"], since: Int[Array, "K n"], used: Int[Array, ""]
 ) -> Float[Array, "K r"]:
     """Estimated attention mass of the pages each row of a block sees."""
-    _, blocks, rows = requests.mass_unit.shape
-    length = requests.length
-    row, unit = jnp.arange(rows) % length, requests.mass_unit[:, block][:, None]
-    step = min(64, ids.shape[1])
-    short = -ids.shape[1] % step
-    ids = jnp.pad(ids, ((0, 0), (0, short)))
-    since = jnp.pad(since, ((0, 0), (0, short)), constant_values=length)
+    length, rows = requests.length, requests.mass_unit.shape[2]
+    unit, row = requests.mass_unit[:, block][:, None], jnp.arange(rows) % length
+    step = requests.scores.shape[-1]
+    tile = ids // step
+    column = ids - _tile_start(tile, step, requests.first.shape[2])
+    many = min(64, ids.shape[1])
+    short = ((0, 0), (0, -ids.shape[1] % many))
+    tile, column, since = jnp.pad(tile, short), jnp.pad(column, short), jnp.pad(since, short, constant_values=length)
 
     def add(i: Array, total: Array) -> Array:
-        here, seen = (lax.dynamic_slice_in_dim(x, i * step, step, axis=1) for x in (ids, since))
-        mass = jnp.exp(jax.vmap(lambda table, entries: table[entries])(requests.scores, here * blocks + block) - unit)
-        return total + jnp.where((seen[..., None] <= row) & (mass > 0), mass, 0).sum(1)
+        tiles, columns, seen = (lax.dynamic_slice_in_dim(x, i * many, many, axis=1) for x in (tile, column, since))
+        heads = jnp.arange(len(ids))[:, None]
+        mass = jnp.exp(requests.scores[tiles, heads, block, :, columns] - unit)  # [K, many, r]
+        return total + jnp.where(seen[..., None] <= row, mass, 0).sum(1)
 
-    return lax.fori_loop(0, -(-used // step), add, jnp.zeros((len(ids), rows)))
+    return lax.fori_loop(0, -(-used // many), add, jnp.zeros((len(ids), rows)))

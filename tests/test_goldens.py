@@ -72,7 +72,7 @@ def test_sketch_codes(name):
     data, _, config, _ = load(name, "sketch")
     tokens = len(data["head0_codes"])
     sketches = key_sketches(jnp.asarray(data["k"][:tokens, :1]).swapaxes(0, 1), config.chunk_size, jnp.asarray(data["rotation"]))
-    np.testing.assert_array_equal(codes_of(sketches.codes, data["k"].shape[2])[0], data["head0_codes"])
+    np.testing.assert_array_equal(codes_of(sketches.codes, data["k"].shape[2])[0].T, data["head0_codes"])
     np.testing.assert_allclose(sketches.scales[0], data["head0_scales"], rtol=1e-5)
     np.testing.assert_allclose(sketches.means[0], data["head0_means"], atol=1e-5)
 
