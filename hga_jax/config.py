@@ -20,6 +20,7 @@ class HGAConfig:
     sink_chunks, local_chunks: the first chunks, and the chunks just before the query's own, always attended.
     policy: "sketch" (causal threshold on estimated attention mass) or "paper" (arXiv 2606.30709: top chunks, then top groups).
     threshold: sketch policy, the share of a query's attention mass above which a page is opened (0 < threshold < 1).
+    page_capacity: sketch policy, the most routed pages of a kv head open at a time; further requests are refused, in query order.
     top_chunks, top_groups, summary: paper policy; `top_groups // 2` is what each single query requests.
     """
 
@@ -29,6 +30,7 @@ class HGAConfig:
     local_chunks: int = 8
     policy: Literal["sketch", "paper"] = "paper"
     threshold: float = 0.004
+    page_capacity: int = 1024
     top_chunks: int = 16
     top_groups: int = 64
     summary: Literal["mixed_rope", "mean"] = "mixed_rope"
@@ -42,6 +44,8 @@ class HGAConfig:
             raise ValueError(f"policy={self.policy!r}: choose one of {', '.join(POLICIES)}")
         if not 0.0 < self.threshold < 1.0:
             raise ValueError(f"threshold={self.threshold} must lie between 0 and 1 (0.004 is a good start)")
+        if self.page_capacity < 1:
+            raise ValueError(f"page_capacity={self.page_capacity} must be at least 1")
         if self.top_chunks < 1 or self.top_groups < 2:
             raise ValueError(f"top_chunks={self.top_chunks} must be at least 1 and top_groups={self.top_groups} at least 2")
         if self.summary not in SUMMARIES:
@@ -152,6 +156,14 @@ class ModelConfig:
 
     def is_moe_layer(self, layer: int) -> bool:
         return self.experts > 0 and layer not in self.dense_layers
+
+    def is_fp8(self, module: str) -> bool:
+        """Whether a projection, by its name in the checkpoint ("model.layers.0.self_attn.q_proj"), is stored as FP8.
+
+        An entry of the checkpoint's modules_to_not_convert covers the module of that name, all below it, and all whose name ends with it.
+        """
+        skipped = any(module == name or module.startswith(name + ".") or module.endswith("." + name) for name in self.fp8_skip)
+        return self.fp8_block is not None and not skipped
 
     def with_rope(self, rope: RopeConfig) -> ModelConfig:
         return replace(self, rope=rope)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 
-FACT = "The key to the old lighthouse is kept inside the blue teapot in the kitchen of the harbour office."
-QUESTION = "Where is the key to the old lighthouse kept?"
-ANSWER = "blue teapot"
+FACT = "The secret password of the old lighthouse is 'purple elephant'."
+QUESTION = "What is the secret password of the old lighthouse?"
+ANSWER = "purple elephant"
 
 _PEOPLE = ("Marta", "Tomas", "Ingrid", "Pavel", "Noor", "Elias", "Greta", "Hamid", "Sofia", "Anton")
 _BOATS = ("the Heron", "the Juniper", "the Kestrel", "the Marigold", "the Northern Star", "the Petrel", "the Swallow", "the Tern")

@@ -41,6 +41,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text (may be repeated)")
     p.add_argument("--no-chat", action="store_true", help="do not wrap the prompt in the model's chat template")
     p.add_argument("--dtype", choices=DTYPES, help="weights and K/V (default: float32 on a CPU, bfloat16 elsewhere; FP8 stays FP8)")
+    p.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto", help="where to run (default: a GPU when JAX sees one)")
     p.add_argument("--json", metavar="OUT", help="write the result as JSON to this file (- for standard output)")
     p.add_argument("--plan", action="store_true", help="print what the run would hold in memory, and stop")
     return p
@@ -76,6 +77,7 @@ def run(options: argparse.Namespace) -> int:
     from hga_jax.loading import default_dtype, load_model, locate_model
     from hga_jax.plan import make_plan
 
+    choose_device(jax, options.device)
     use_compilation_cache(jax)
     choose_tier(options.kv_store)
     hga = HGAConfig(policy=options.policy) if options.policy else HGAConfig()
@@ -175,6 +177,16 @@ def report(result: Any) -> str:
         ("memory", f"peak {result.device_peak_bytes / mib:,.0f} MiB on the device, {result.host_history_bytes / mib:,.0f} MiB on the host"),
     ]
     return "\n".join(["", *(f"{name:9} {text}" for name, text in rows)])
+
+
+def choose_device(jax: Any, device: str) -> None:
+    """Hold JAX to the device asked for. Raises ValueError when a GPU is demanded and JAX sees none."""
+    if device == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+    if device == "gpu" and jax.default_backend() != "gpu":
+        raise ValueError(
+            "--device gpu: JAX sees no GPU here; install 'hga-jax[cuda]' on a machine with an NVIDIA driver, or use --device cpu"
+        )
 
 
 def use_compilation_cache(jax: Any) -> None:

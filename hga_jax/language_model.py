@@ -25,11 +25,24 @@ from hga_jax.text.chat import render_chat
 from hga_jax.text.tokenizer import Tokenizer
 
 
+@jax.tree_util.register_pytree_node_class
 class LanguageModel:
-    """A decoder with its config and tokenizer. Made by `load_model`, or from your own parts for research."""
+    """A decoder with its config and tokenizer. Made by `load_model`, or from your own parts for research.
+
+    A pytree whose leaves are the weights: pass it to your jitted functions as an argument, so that weights are no constants of the program.
+
+    >>> loss = jax.jit(lambda model, tokens: model.logits(tokens).mean())
+    """
 
     def __init__(self, decoder: Decoder, config: ModelConfig, tokenizer: Tokenizer | None = None, name: str = "custom"):
         self._decoder, self.config, self.tokenizer, self.name = decoder, config, tokenizer, name
+
+    def tree_flatten(self) -> tuple[tuple[Decoder], tuple[Any, ...]]:
+        return (self._decoder,), (self.config, self.tokenizer, self.name)
+
+    @classmethod
+    def tree_unflatten(cls, settings: tuple[Any, ...], leaves: tuple[Decoder]) -> LanguageModel:
+        return cls(leaves[0], *settings)
 
     @property
     def params(self) -> Decoder:

@@ -1,4 +1,4 @@
-"""The key/value section of a GGUF file as a plain dict.
+"""The key/value section of a GGUF file as a plain dict, and its table of tensors.
 
 gguf.GGUFReader makes several numpy views for every string; on Qwen2.5's 300,000 strings that takes 10 s, this 0.2 s. Weights are still
 read with the gguf package. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
@@ -10,6 +10,7 @@ import mmap
 import os
 import struct
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,20 +36,38 @@ def read_gguf_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises FileNotFoundError, and ValueError for a file that is not GGUF, of another version, or cut off within the metadata.
     """
+    return read_gguf_header(path)[0]
+
+
+@dataclass(frozen=True)
+class GGUFTensorInfo:
+    """One line of a GGUF's tensor table: shape row-major (GGUF writes it reversed), ggml type number, first byte in the file."""
+
+    shape: tuple[int, ...]
+    kind: int
+    offset: int
+
+
+def read_gguf_header(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, GGUFTensorInfo]]:
+    """The metadata and the tensor table. Raises as read_gguf_metadata does."""
     path = Path(path)
     if path.stat().st_size < 24:
         raise ValueError(f"{path} is not a GGUF file: it has {path.stat().st_size} bytes")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        magic, version, _, count = struct.unpack_from("<4sIQQ", data)
+        magic, version, tensors, count = struct.unpack_from("<4sIQQ", data)
         if magic != b"GGUF":
             raise ValueError(f"{path} is not a GGUF file: it starts with {magic!r}")
         if version not in (2, 3):
             raise ValueError(f"{path} is GGUF version {version}: only little-endian versions 2 and 3 can be read")
         cursor = _Cursor(data, 24)
         try:
-            return {cursor.string(): cursor.value(cursor.number("I")) for _ in range(count)}
+            metadata = {cursor.string(): cursor.value(cursor.number("I")) for _ in range(count)}
+            table = [cursor.tensor() for _ in range(tensors)]
         except (struct.error, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is cut off or corrupt at byte {cursor.offset} of its metadata: fetch it again") from error
+    unit = metadata.get("general.alignment", 32)
+    start = -(-cursor.offset // unit) * unit
+    return metadata, {name: GGUFTensorInfo(shape, kind, start + offset) for name, shape, kind, offset in table}
 
 
 class _Cursor:
@@ -69,6 +88,13 @@ class _Cursor:
         if self.offset > len(self.data):
             raise struct.error("string beyond the end of the file")
         return self.data[start : self.offset].decode("utf-8")
+
+    def tensor(self) -> tuple[str, tuple[int, ...], int, int]:
+        name, dimensions = self.string(), self.number("I")
+        if dimensions > 8:
+            raise struct.error(f"{dimensions} dimensions")
+        shape = tuple(self.number("Q") for _ in range(dimensions))[::-1]
+        return name, shape, self.number("I"), self.number("Q")
 
     def value(self, kind: int) -> Any:
         if kind == GGUFValueType.STRING:

@@ -6,7 +6,7 @@ import codecs
 import json
 import re
 from collections.abc import Sequence
-from typing import ClassVar, Protocol, SupportsIndex
+from typing import ClassVar, SupportsIndex
 
 import numpy as np
 import tokenizers
@@ -74,14 +74,6 @@ def _overlap(text: str, stop: str) -> int:
     return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)
 
 
-class _Pieces(Protocol):
-    """What a decoder makes of tokens one at a time, in its own exact way with broken UTF-8."""
-
-    def feed(self, token: str) -> str: ...
-
-    def finish(self) -> str: ...
-
-
 _PRINTED = (*range(33, 127), *range(161, 173), *range(174, 256))
 _UNPRINTED = (*range(33), *range(127, 161), 173)
 
@@ -139,7 +131,7 @@ class _ByteFallbackPieces:
         return text
 
 
-def _decoder_of(backend: tokenizers.Tokenizer) -> _Pieces:
+def _decoder_of(backend: tokenizers.Tokenizer) -> _ByteLevelPieces | _ByteFallbackPieces:
     # The Python object does not show its settings; its serialized form does.
     spec = json.loads(backend.decoder.__getstate__()) if backend.decoder is not None else {"type": None}
     steps = spec["decoders"] if spec["type"] == "Sequence" else [spec]

@@ -109,7 +109,8 @@ class Tokenizer:
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write tokenizer.json, tokenizer_config.json and the end tokens (into generation_config.json, other keys there are kept), so that
-        from_directory, and transformers, read the same tokenizer back. Raises OSError when the directory cannot be written.
+        from_directory, and transformers, read the same tokenizer back. Files in the directory that would overrule these
+        (chat_template.jinja, chat_template.json, special_tokens_map.json) are removed. Raises OSError when the directory cannot be written.
         """
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
@@ -120,6 +121,8 @@ class Tokenizer:
             "clean_up_tokenization_spaces": False,
             "chat_template": self.chat_template,
         }
+        for stale in ("chat_template.jinja", "chat_template.json", "special_tokens_map.json"):  # they would go before what is written here
+            (folder / stale).unlink(missing_ok=True)
         generation = _read_json(folder / "generation_config.json") | {"eos_token_id": list(self.eos_ids)}
         (folder / "tokenizer.json").write_text(self.backend.to_str(), encoding="utf-8")
         _write_json(folder / "tokenizer_config.json", {key: value for key, value in config.items() if value is not None})
