@@ -15,15 +15,36 @@ POLICY_HELP = (
     "dense, sketch, paper or windows (sinks and local window alone), each with settings of its own if wanted, as in "
     "paper:top_chunks=20,top_groups=32; several are compared in one run (default: dense and the default policy)"
 )
+SCORING_HELP = (
+    "generate: the greedy continuation holds the answer; teacher: each token of the answer is the most likely one when the answer is fed; "
+    "auto (default): generate for checkpoints with a chat template, teacher for others"
+)
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m hga_jax.eval", description="Measure what hierarchical global attention costs beside dense.")
-    tasks = p.add_subparsers(dest="task", required=True, metavar="nll")
+    tasks = p.add_subparsers(dest="task", required=True, metavar="|".join(TASKS))
     nll = tasks.add_parser("nll", help="loss on texts: dense and policies on the same tokens")
-    _common(nll)
-    _texts(nll)
-    _policies(nll)
+    sweep = tasks.add_parser("sweep", help="the same over thresholds or budgets: gap against fetched tokens")
+    mass = tasks.add_parser("mass", help="attention mass that a policy leaves closed, per layer and head")
+    needle = tasks.add_parser("needle", help="facts hidden in a long text, each asked for: length x depth")
+    ruler = tasks.add_parser("ruler", help="RULER's task families that need no outside data")
+    for task in (nll, sweep, mass, needle, ruler):
+        _common(task)
+    for task in (nll, sweep, mass):
+        _texts(task)
+    for task in (nll, mass, needle, ruler):
+        _policies(task)
+    for task in (needle, ruler):
+        task.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192], metavar="N", help="tokens of prompt and answer")
+        task.add_argument("--samples", type=int, default=3, help="texts per length (needle) or per length and family (ruler); default 3")
+        task.add_argument("--seed", type=int, default=0, help="of the made-up texts")
+    _windows(sweep)
+    sweep.add_argument("--thresholds", nargs="*", default=[], metavar="TAU", help="sketch policy: share of mass that opens a page")
+    sweep.add_argument("--budgets", nargs="*", default=[], metavar="CHUNKS/GROUPS", help="paper policy, as in 16/64")
+    needle.add_argument("--depths", type=float, nargs="+", default=[0, 25, 50, 75, 100], metavar="PERCENT", help="where facts are hidden")
+    needle.add_argument("--scoring", choices=("auto", "generate", "teacher"), default="auto", help=SCORING_HELP)
+    ruler.add_argument("--families", nargs="+", metavar="NAME", help="default: all")
     return p
 
 
@@ -46,14 +67,18 @@ def _policies(p: argparse.ArgumentParser) -> None:
     p.add_argument("--threshold", type=float, help="sketch: share of a query's attention mass that opens a page")
     p.add_argument("--top-chunks", type=int, help="paper: chunks")
     p.add_argument("--top-groups", type=int, help="paper: groups")
+    _windows(p)
+
+
+def _windows(p: argparse.ArgumentParser) -> None:
     p.add_argument("--sink-chunks", type=int, help="first chunks, always attended")
     p.add_argument("--local-chunks", type=int, help="chunks before the query's own, always attended")
 
 
-def choices_of(options: argparse.Namespace) -> list[Choice]:
-    """The attentions asked for, dense first. Raises ValueError."""
+def choices_of(options: argparse.Namespace, words: list[str]) -> list[Choice]:
+    """The attentions asked for, with the settings given as flags. Raises ValueError."""
     names = ("threshold", "top_chunks", "top_groups", "sink_chunks", "local_chunks")
-    return with_dense(parse_choices(options.policy, {name: getattr(options, name) for name in names}))
+    return parse_choices(words, {name: getattr(options, name, None) for name in names})
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -83,12 +108,71 @@ def run(options: argparse.Namespace) -> int:
 
 
 def run_nll(options: argparse.Namespace) -> tuple[dict[str, Any], str, Any]:
-    choices, texts = choices_of(options), check_texts(options)
+    choices, texts = with_dense(choices_of(options, options.policy)), check_texts(options)
     from hga_jax.eval import nll, plots
 
     model = open_model(options, options.length, choices)
     report = nll.evaluate(model, texts, options.length, choices, options.skip)
     return report, nll.as_text(report), plots.plot_nll
+
+
+def run_sweep(options: argparse.Namespace) -> tuple[dict[str, Any], str, Any]:
+    from hga_jax.eval.sweep import add_points, as_text, sweep_words
+
+    choices, texts = with_dense(choices_of(options, sweep_words(options.thresholds, options.budgets))), check_texts(options)
+    from hga_jax.eval import nll, plots
+
+    model = open_model(options, options.length, choices)
+    report = add_points(nll.evaluate(model, texts, options.length, choices, options.skip))
+    return report, as_text(report), plots.plot_sweep
+
+
+def run_mass(options: argparse.Namespace) -> tuple[dict[str, Any], str, Any]:
+    choices, texts = [choice for choice in choices_of(options, options.policy) if choice.hga], check_texts(options)
+    if not choices:
+        raise ValueError("--policy dense: dense attention misses nothing, name a policy")
+    from hga_jax.eval import mass, plots
+
+    model = open_model(options, options.length, choices)
+    report = mass.evaluate(model, texts, options.length, choices, options.skip)
+    return report, mass.as_text(report), plots.plot_mass
+
+
+def run_needle(options: argparse.Namespace) -> tuple[dict[str, Any], str, Any]:
+    choices = choices_of(options, options.policy)
+    check_prompts(options)
+    if bad := [depth for depth in options.depths if not 0 <= depth <= 100]:
+        raise ValueError(f"--depths {bad[0]:g} must lie between 0 and 100 percent")
+    from hga_jax.eval import needle, plots
+
+    model = open_model(options, max(options.lengths), choices)
+    depths = [depth / 100 for depth in dict.fromkeys(options.depths)]
+    report = needle.evaluate(model, options.lengths, depths, choices, options.samples, options.seed, options.scoring)
+    return report, needle.as_text(report), plots.plot_needle
+
+
+def run_ruler(options: argparse.Namespace) -> tuple[dict[str, Any], str, Any]:
+    choices = choices_of(options, options.policy)
+    check_prompts(options)
+    from hga_jax.eval.ruler_tasks import FAMILIES
+
+    families = list(dict.fromkeys(options.families or FAMILIES))
+    if unknown := [name for name in families if name not in FAMILIES]:
+        raise ValueError(f"--families {unknown[0]} is not known: choose {', '.join(FAMILIES)}")
+    from hga_jax.eval import plots, ruler
+
+    model = open_model(options, max(options.lengths), choices)
+    report = ruler.evaluate(model, families, options.lengths, choices, options.samples, options.seed)
+    return report, ruler.as_text(report), plots.plot_ruler
+
+
+def check_prompts(options: argparse.Namespace) -> None:
+    """Raises ValueError for lengths and samples that cannot be."""
+    options.lengths = sorted(set(options.lengths))
+    if options.lengths[0] < 128:
+        raise ValueError(f"--lengths {options.lengths[0]} is too short for a question and its answer: give at least 128 tokens")
+    if options.samples < 1:
+        raise ValueError(f"--samples {options.samples} must be at least 1")
 
 
 def check_texts(options: argparse.Namespace) -> dict[str, str]:
@@ -128,7 +212,7 @@ def open_model(options: argparse.Namespace, tokens: int, choices: list[Choice]) 
     return model.with_rope(rope)
 
 
-TASKS = {"nll": run_nll}
+TASKS = {"nll": run_nll, "sweep": run_sweep, "mass": run_mass, "needle": run_needle, "ruler": run_ruler}
 
 
 if __name__ == "__main__":

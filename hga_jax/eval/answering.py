@@ -54,7 +54,7 @@ class Reader:
         return made
 
     def predicted(self, prompts: Sequence[Prompt], on_tokens: Callable[[float], None] | None = None) -> list[bool]:
-        """Whether each token of each prompt's written-out answer is the most likely one, the answer being fed as it is (teacher forcing)."""
+        """Whether each token of each prompt's written-out answer is the most likely one when the answer is fed (teacher forcing)."""
         full = [np.concatenate([prompt.tokens, prompt.answer_tokens]) for prompt in prompts]
         right = []
         for prompt, (tokens, block) in zip(prompts, self._read(full, on_tokens, len(prompts[0].answer_tokens)), strict=True):

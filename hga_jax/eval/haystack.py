@@ -62,7 +62,9 @@ def fit(build: Callable[[int], Sequence[Task]], tokenizer: Tokenizer, chat: bool
     if smallest > length:
         raise ValueError(f"a context of one unit already takes {smallest} tokens with its question and answer: raise the length {length}")
     low, high = 1, 2
-    while size(high) <= length:
+    while (reached := size(high)) <= length:
+        if high > length:  # a unit is at least a token: this context has stopped growing
+            raise ValueError(f"this task's context cannot grow beyond {reached} tokens: lower the length {length}")
         low, high = high, high * 2
     while high - low > 1:
         middle = (low + high) // 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,28 +13,41 @@ from hga_jax.eval.answering import Reader
 from hga_jax.eval.choices import Choice
 from hga_jax.eval.haystack import Prompt, Task, fit, spread
 from hga_jax.eval.reporting import Progress, table
-from hga_jax.eval.words import NAMES, number, sentence
+from hga_jax.eval.words import number, sentence
 from hga_jax.language_model import LanguageModel
 from hga_jax.text.tokenizer import Tokenizer
 
 MAX_NEW_TOKENS = 16
-NEEDLE = "The secret number of {name} is {value}."
-INSTRUCTION = "Secret numbers of cities are hidden in the following text. Remember them.\n\n"
-QUESTION = "\n\nWhat is the secret number of {name} mentioned in the text?"
-OPENING = "The secret number of {name} is"
+QUESTION = "\n\nUsing the text above, answer the question. {question}"
+# Facts that share no words: models of 0.1 billion parameters mix up needles that differ in a name alone (measured on SmolLM2-135M).
+FACTS = (
+    ("The telephone number of Doctor Almond is", "What is the telephone number of Doctor Almond?"),
+    ("The password of the castle vault is", "What is the password of the castle vault?"),
+    ("The winning lottery ticket had the number", "What number did the winning lottery ticket have?"),
+    ("The asteroid that the twins discovered was named", "What was the name of the asteroid that the twins discovered?"),
+    ("The price of the diamond necklace was exactly", "What exactly was the price of the diamond necklace?"),
+    ("The population of Zanzibar in the census was", "What was the population of Zanzibar in the census?"),
+    ("The serial number of the submarine engine is", "What is the serial number of the submarine engine?"),
+    ("The library card of Professor Quill has the code", "What code does the library card of Professor Quill have?"),
+    ("The radio station of the polar explorers used frequency", "Which frequency did the radio station of the polar explorers use?"),
+    ("The distance that the marathon elephant walked in metres was", "How many metres did the marathon elephant walk?"),
+    ("The bank account that holds the pirate gold is", "Which bank account holds the pirate gold?"),
+    ("The flight on which Queen Beatrix escaped was", "On which flight did Queen Beatrix escape?"),
+)
 
 
 def needle_tasks(sentences: int, depths: Sequence[float], seed: int, digits: int = 5) -> list[Task]:
-    """One text of `sentences` filler sentences that hides one city's number at every depth; one task a depth, in that order."""
+    """One text of `sentences` filler sentences with a different fact at every depth; one task a depth, in that order."""
     draw = random.Random(seed)
-    if len(depths) > len(NAMES):
-        raise ValueError(f"{len(depths)} depths are asked for and there are names for {len(NAMES)}: ask for fewer depths")
-    names = draw.sample(NAMES, len(depths))
-    values = [number(draw, digits) for _ in names]
-    needles = [(depth, NEEDLE.format(name=name, value=value)) for depth, name, value in zip(depths, names, values, strict=True)]
-    before = INSTRUCTION + spread([sentence(draw) for _ in range(sentences)], needles)
+    if len(depths) > len(FACTS):
+        raise ValueError(f"{len(depths)} depths are asked for and there are {len(FACTS)} facts to hide: ask for fewer depths")
+    facts = draw.sample(FACTS, len(depths))
+    values = [number(draw, digits) for _ in facts]
+    needles = [(depth, f"{opening} {value}.") for depth, (opening, _), value in zip(depths, facts, values, strict=True)]
+    before = spread([sentence(draw) for _ in range(sentences)], needles)
     return [
-        Task(before, QUESTION.format(name=name), OPENING.format(name=name), (value,)) for name, value in zip(names, values, strict=True)
+        Task(before, QUESTION.format(question=question), opening, (value,))
+        for (opening, question), value in zip(facts, values, strict=True)
     ]
 
 
@@ -60,8 +74,7 @@ def evaluate(
                 reader, right = Reader(model, backend, length), np.zeros(len(depths), int)
                 for sample in range(samples):
                     bar.note(f"{choice.name}, {length:,} tokens, text {sample + 1} of {samples}")
-                    start, prompts = bar.done, texts[length, sample]
-                    report = lambda done, start=start: bar.within(start, done)  # noqa: E731
+                    prompts, report = texts[length, sample], partial(bar.within, bar.done)
                     if teacher:
                         correct, said = reader.predicted(prompts, report), [None] * len(prompts)
                     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -57,8 +58,7 @@ def measure(model: LanguageModel, texts: Sequence[Document], choices: Sequence[C
             for choice in choices:
                 backend = model.backend("dense") if choice.hga is None else model.backend("hga", choice.hga)
                 bar.note(f"{choice.name}, {text.name}, {layers} layers")
-                start = bar.done
-                result = score(model, text.tokens, backend, lambda done, start=start: bar.within(start, done))
+                result = score(model, text.tokens, backend, partial(bar.within, bar.done))
                 bar.finish(len(text.tokens))
                 scored[choice.name].append(result)
     return scored

@@ -21,9 +21,10 @@ _DEEDS = (
 )  # fmt: skip
 _THINGS = (
     "a basket of apples", "an old lantern", "a wooden chair", "two loaves of bread", "a coil of rope", "a silver spoon", "a torn coat",
-    "a jar of honey", "the broken clock", "a pair of boots", "a bundle of letters", "a copper kettle", "the heavy hammer", "a blue scarf",
-    "a sack of flour", "a small mirror", "an empty bottle", "the church bell", "a cart of hay", "a painted box", "a book of songs",
-    "a loaf of cheese", "the garden gate", "a fishing net", "a pot of soup", "a bunch of flowers", "a lame horse", "a stack of plates",
+    "a jar of honey", "the broken clock", "a pair of boots", "a bundle of letters", "a copper kettle", "the heavy hammer",
+    "a blue scarf", "a sack of flour", "a small mirror", "an empty bottle", "the church bell", "a cart of hay", "a painted box",
+    "a book of songs", "a loaf of cheese", "the garden gate", "a fishing net", "a pot of soup", "a bunch of flowers", "a lame horse",
+    "a stack of plates",
 )  # fmt: skip
 _PLACES = (
     "the market", "the mill", "the harbour", "the church", "the bridge", "the orchard", "the school", "the river bank", "the stables",
@@ -31,9 +32,9 @@ _PLACES = (
     "the quarry", "the chapel on the hill", "the bakery", "the courtyard", "the barn", "the cemetery wall", "the ferry landing",
 )  # fmt: skip
 _TIMES = (
-    "In the morning", "Before sunrise", "Late in the evening", "On a rainy day", "After the storm", "During the harvest", "One cold night",
-    "Towards noon", "While the others slept", "At the end of the week", "As soon as the snow melted", "Every now and then",
-    "Without a word", "For no good reason", "To everyone's surprise", "With great care",
+    "In the morning", "Before sunrise", "Late in the evening", "On a rainy day", "After the storm", "During the harvest",
+    "One cold night", "Towards noon", "While the others slept", "At the end of the week", "As soon as the snow melted",
+    "Every now and then", "Without a word", "For no good reason", "To everyone's surprise", "With great care",
 )  # fmt: skip
 _ENDINGS = (
     "", "", "", " and said nothing more", " because the days were growing short", " and went home content", " while the rain fell",
@@ -41,19 +42,21 @@ _ENDINGS = (
 )  # fmt: skip
 
 _FIRST = (
-    "stone", "river", "winter", "silver", "forest", "candle", "copper", "garden", "harbour", "summer", "thunder", "velvet", "amber", "meadow",
-    "iron", "shadow", "morning", "ocean", "paper", "sugar", "cotton", "desert", "feather", "golden", "hollow", "ivory", "jungle", "lemon",
-    "marble", "needle", "orange", "pepper", "quiet", "rocket", "salt", "timber", "umber", "valley", "willow", "yellow", "bitter", "cloud",
+    "stone", "river", "winter", "silver", "forest", "candle", "copper", "garden", "harbour", "summer", "thunder", "velvet", "amber",
+    "meadow", "iron", "shadow", "morning", "ocean", "paper", "sugar", "cotton", "desert", "feather", "golden", "hollow", "ivory",
+    "jungle", "lemon", "marble", "needle", "orange", "pepper", "quiet", "rocket", "salt", "timber", "umber", "valley", "willow",
+    "yellow", "bitter", "cloud",
 )  # fmt: skip
 _SECOND = (
-    "bridge", "field", "light", "gate", "horse", "house", "ship", "song", "stone", "tower", "water", "wheel", "wind", "wood", "bird", "bell",
-    "book", "box", "clock", "cloth", "corn", "cup", "door", "drum", "fish", "flower", "glass", "hammer", "hill", "key", "knife", "ladder",
-    "lamp", "leaf", "letter", "mirror", "nail", "path", "plate", "road", "rope", "sand", "seed", "shell", "spoon", "star", "storm", "thread",
+    "bridge", "field", "light", "gate", "horse", "house", "ship", "song", "stone", "tower", "water", "wheel", "wind", "wood", "bird",
+    "bell", "book", "box", "clock", "cloth", "corn", "cup", "door", "drum", "fish", "flower", "glass", "hammer", "hill", "key", "knife",
+    "ladder", "lamp", "leaf", "letter", "mirror", "nail", "path", "plate", "road", "rope", "sand", "seed", "shell", "spoon", "star",
+    "storm", "thread",
 )  # fmt: skip
 _NAMES = (
     "Lisbon", "Nairobi", "Oslo", "Quito", "Havana", "Dublin", "Cairo", "Vienna", "Lima", "Seoul", "Prague", "Tunis", "Madrid", "Boston",
-    "Kyoto", "Geneva", "Athens", "Warsaw", "Toronto", "Manila", "Berlin", "Accra", "Bogota", "Jakarta", "Sydney", "Riga", "Milan", "Dakar",
-    "Hanoi", "Tehran", "Moscow", "Denver", "Zurich", "Naples", "Bergen", "Cardiff", "Perth", "Osaka", "Lagos", "Delhi",
+    "Kyoto", "Geneva", "Athens", "Warsaw", "Toronto", "Manila", "Berlin", "Accra", "Bogota", "Jakarta", "Sydney", "Riga", "Milan",
+    "Dakar", "Hanoi", "Tehran", "Moscow", "Denver", "Zurich", "Naples", "Bergen", "Cardiff", "Perth", "Osaka", "Lagos", "Delhi",
 )  # fmt: skip
 
 WORDS = tuple(first + second for first, second in itertools.product(_FIRST, _SECOND))
