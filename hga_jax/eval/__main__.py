@@ -203,8 +203,8 @@ def open_model(options: argparse.Namespace, tokens: int, choices: list[Choice]) 
             make_plan(config, backend, tokens, dtype).check()
 
     dtype = jnp.dtype(options.dtype) if options.dtype else None
-    with Progress(0, "loading") as bar:
-        model = load_model(options.model, dtype=dtype, progress=lambda done, total: bar.within(0, done), before_weights=check)
+    with Progress(None, "loading", unit="B") as bar:
+        model = load_model(options.model, dtype=dtype, progress=bar.of, before_weights=check)
     rope, note = resolve_rope(model.config, tokens, options.rope_scaling)
     if rope == model.config.rope:
         return model

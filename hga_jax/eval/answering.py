@@ -17,10 +17,11 @@ from hga_jax.language_model import LanguageModel
 from hga_jax.model import Decoder
 from hga_jax.sampling import Sampling
 
+ROOM = 128  # new tokens that the one compiled decode program has room for
 CHUNK = 64  # the shared beginning ends at a chunk's boundary, where any policy gives the same result in one call or two
 
 
-def shared_length(prompts: Sequence[Int[np.ndarray, " T"]]) -> int:
+def shared_length(prompts: Sequence[Int[np.ndarray, " _"]]) -> int:
     """Tokens that all prompts begin with, in whole chunks, at least one token of each left over."""
     shortest = min(len(prompt) for prompt in prompts) - 1
     same = np.all([prompt[:shortest] == prompts[0][:shortest] for prompt in prompts], axis=0)
@@ -36,24 +37,26 @@ class Reader:
         self.stop_ids = jnp.asarray(sorted({*model.config.eos_token_ids, *(model.tokenizer.eos_ids if model.tokenizer else ())}) or [-1])
 
     def generated(
-        self, prompts: Sequence[Prompt], max_new_tokens: int, on_tokens: Callable[[float], None] | None = None
+        self, prompts: Sequence[Prompt], max_new_tokens: int, on_tokens: Callable[[int | float], None] | None = None
     ) -> list[list[int]]:
         """The greedy continuation of each prompt, its end token left out."""
-        room, made = 1 << (max_new_tokens - 1).bit_length(), []
+        if not 1 <= max_new_tokens <= ROOM:
+            raise ValueError(f"{max_new_tokens=} must lie between 1 and {ROOM}")
+        made = []
         for prompt, block in self._read([prompt.tokens for prompt in prompts], on_tokens):
             logits = programs.row_logits(self.model.params, block.x, jnp.int32(block.count - 1))
             position, greedy, key = len(prompt), Sampling(), jax.random.key(0)
             first = programs.first_token(logits, greedy, key, jnp.int32(position - 1))
             out, count, _, _ = programs.decode_tokens(
                 self.model.params, first, jnp.int32(position), block.states, jnp.int32(max_new_tokens - 1), self.stop_ids,
-                greedy, key, backend=self.backend, room=room,
+                greedy, key, backend=self.backend, room=ROOM,
             )  # fmt: skip
             tokens = [int(first), *np.asarray(out)[: int(count)].tolist()]
             ends = [i for i, token in enumerate(tokens) if token in np.asarray(self.stop_ids)]
             made.append(tokens[: ends[0]] if ends else tokens)
         return made
 
-    def predicted(self, prompts: Sequence[Prompt], on_tokens: Callable[[float], None] | None = None) -> list[bool]:
+    def predicted(self, prompts: Sequence[Prompt], on_tokens: Callable[[int | float], None] | None = None) -> list[bool]:
         """Whether each token of each prompt's written-out answer is the most likely one when the answer is fed (teacher forcing)."""
         full = [np.concatenate([prompt.tokens, prompt.answer_tokens]) for prompt in prompts]
         right = []
@@ -63,7 +66,7 @@ class Reader:
             right.append(bool(np.array_equal(best[begin : begin + len(prompt.answer_tokens)], prompt.answer_tokens)))
         return right
 
-    def _read(self, prompts: Sequence[Int[np.ndarray, " T"]], on_tokens: Callable[[float], None] | None, margin: int = 0) -> Any:
+    def _read(self, prompts: Sequence[Int[np.ndarray, " _"]], on_tokens: Callable[[int | float], None] | None, margin: int = 0) -> Any:
         """Yields (tokens, last super-block) of each prompt; at least `margin` + 1 tokens are in that block."""
         decoder, model = self.model.params, self.model
         length = min(shared_length(prompts), (min(map(len, prompts)) - margin - 1) // CHUNK * CHUNK)

@@ -26,14 +26,14 @@ SE_BLOCK = 64  # tokens in a block of the paired standard error: neighbouring lo
 class Scored:
     """nats[i]: negative log-likelihood of token i + 1 given tokens 0..i. seconds: prefill and scoring, compilation not counted."""
 
-    nats: Float[np.ndarray, " T-1"]
+    nats: Float[np.ndarray, " losses"]
     stats: Stats
     seconds: float
     compile_seconds: float
 
 
 def score(
-    model: LanguageModel, tokens: Int[np.ndarray, " T"], backend: AttentionBackend, on_tokens: Callable[[float], None] | None = None
+    model: LanguageModel, tokens: Int[np.ndarray, " T"], backend: AttentionBackend, on_tokens: Callable[[int | float], None] | None = None
 ) -> Scored:
     """Losses of one text, through the very prefill that generation uses. `on_tokens` hears how many tokens' worth of work is done."""
     decoder, length = model.params, len(tokens)
@@ -82,7 +82,7 @@ def _losses(decoder: Decoder, x: Float[Array, "S D"], targets: Int[Array, " S"],
     return lax.fori_loop(0, -(-count // HEAD_ROWS), step, jnp.zeros(x.shape[0], jnp.float32))
 
 
-def paired_gap(differences: list[Float[np.ndarray, " T"]]) -> tuple[float, float | None]:
+def paired_gap(differences: list[Float[np.ndarray, " _"]]) -> tuple[float, float | None]:
     """Mean of per-token loss differences and its standard error.
 
     The standard error is that of the means of blocks of 64 neighbouring tokens (a text's last, shorter block joins the one before it),

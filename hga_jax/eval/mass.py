@@ -81,7 +81,11 @@ def _first_rows(pages: Int[Array, "K R n"], since: Int[Array, "K R n"], count: i
 
 
 def text_mass(
-    model: LanguageModel, tokens: Int[np.ndarray, " T"], backend: HGAAttention, skip: int, on_tokens: Callable[[float], None] | None = None
+    model: LanguageModel,
+    tokens: Int[np.ndarray, " T"],
+    backend: HGAAttention,
+    skip: int,
+    on_tokens: Callable[[int | float], None] | None = None,
 ) -> tuple[Float[np.ndarray, "L N"], Float[np.ndarray, "L N"]]:
     """(missed, middle) of every layer and head over one text; the activations are those of the model running under the policy itself."""
     decoder, length = model.params, len(tokens)

@@ -90,7 +90,7 @@ def by_position(scored: Sequence[Scored], dense: Sequence[Scored], skip: int) ->
     """Loss and gap over equal stretches of positions; `first` and `end` are positions of the predicted tokens."""
     length, rows = len(dense[0].nats) + 1, []
     for first, end in position_bins(skip, length, BINS):
-        part: list[Float[np.ndarray, " n"]] = [item.nats[first - 1 : end - 1] for item in scored]
+        part: list[Float[np.ndarray, " _"]] = [item.nats[first - 1 : end - 1] for item in scored]
         gap, error = paired_gap([a - item.nats[first - 1 : end - 1] for a, item in zip(part, dense, strict=True)])
         nats = float(np.concatenate(part).mean(dtype=np.float64))
         rows.append({"first": first, "end": end, "nats": nats, "gap_nats": gap, "gap_standard_error": error})

@@ -76,7 +76,7 @@ def plot_mass(report: dict[str, Any], target: str) -> None:
     maps = [np.array(policy["missed"]) for policy in report["policies"]]
     top = max(float(values.max()) for values in maps) or 1.0
     for ax, policy, values in zip(axes[0], report["policies"], maps, strict=True):
-        image = heat_map(ax, values, range(values.shape[0]), range(values.shape[1]), (0, top), ".2f")
+        image = heat_map(ax, values, range(values.shape[0]), range(values.shape[1]), (0.0, top), ".2f")
         ax.set(xlabel="query head", ylabel="layer", title=f"{policy['policy']}: {values.mean():.2%} missed")
         ax.tick_params(labelsize=7)
     figure.colorbar(image, ax=axes[0].tolist(), label="attention mass on closed pages")
@@ -94,7 +94,7 @@ def plot_needle(report: dict[str, Any], target: str) -> None:
         for cell in cells:
             if cell["attention"] == name:
                 values[depths.index(cell["depth"]), lengths.index(cell["length"])] = cell["correct"] / cell["total"]
-        image = heat_map(ax, values, [f"{depth:.0%}" for depth in depths], [f"{length:,}" for length in lengths], (0, 1), ".0%")
+        image = heat_map(ax, values, [f"{depth:.0%}" for depth in depths], [f"{length:,}" for length in lengths], (0.0, 1.0), ".0%")
         ax.set(xlabel="tokens", ylabel="depth", title=f"{name}: {np.nanmean(values):.0%} found")
     figure.colorbar(image, ax=axes[0].tolist(), label="share found")
     _save(figure, target)
@@ -111,7 +111,7 @@ def plot_ruler(report: dict[str, Any], target: str) -> None:
         for cell in cells:
             if cell["attention"] == name:
                 values[families.index(cell["family"]), lengths.index(cell["length"])] = cell["score"]
-        image = heat_map(ax, values, families, [f"{length:,}" for length in lengths], (0, 1), ".0%")
+        image = heat_map(ax, values, families, [f"{length:,}" for length in lengths], (0.0, 1.0), ".0%")
         ax.set(xlabel="tokens", title=f"{name}: {np.nanmean(values):.1%}")
     figure.colorbar(image, ax=axes[0].tolist(), label="score")
     _save(figure, target)

@@ -84,30 +84,33 @@ def write_json(target: str, data: dict[str, Any]) -> None:
 
 
 class Progress:
-    """A bar with the time left, on stderr, counted in tokens x layers of prefill; silent when stderr is no terminal."""
+    """A bar with the time left, on stderr, counted in tokens of prefill; silent when stderr is no terminal."""
 
-    def __init__(self, total: float, name: str):
-        self._bar = tqdm(
-            total=round(total), desc=name, leave=False, file=sys.stderr, disable=None, mininterval=0.2, unit="tok", unit_scale=True
-        )
-        self._done = 0.0
+    def __init__(self, total: int | None, name: str, unit: str = "tok"):
+        self._bar = tqdm(total=total, desc=name, leave=False, file=sys.stderr, disable=None, mininterval=0.2, unit=unit, unit_scale=True)
+        self._done = 0
+
+    def of(self, done: int, total: int) -> None:
+        """`done` of `total`, for work that knows its total only once it runs."""
+        self._bar.total = total
+        self._bar.update(done - self._bar.n)
 
     def note(self, text: str) -> None:
         """What is being worked on."""
         self._bar.set_postfix_str(text)
 
-    def within(self, start: float, done: float) -> None:
+    def within(self, start: int, done: int | float) -> None:
         """A run that began when `start` was done has done `done` more."""
         self._bar.update(round(start + done) - self._bar.n)
 
     @property
-    def done(self) -> float:
+    def done(self) -> int:
         return self._done
 
-    def finish(self, amount: float) -> None:
+    def finish(self, amount: int) -> None:
         """A run worth `amount` is over."""
         self._done += amount
-        self._bar.update(round(self._done) - self._bar.n)
+        self._bar.update(self._done - self._bar.n)
 
     def __enter__(self) -> Progress:
         return self

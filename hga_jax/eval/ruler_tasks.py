@@ -9,11 +9,13 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from hga_jax.eval.haystack import Task, spread
 from hga_jax.eval.words import NAMES, WORDS, coded_word, number, sentence
 
 NEEDLE = "One of the special magic numbers for {key} is: {value}."
+EXAMPLE = 1_000_003  # seed of the example in a prompt, relative to the prompt's
 INSTRUCTION = "Some special magic numbers are hidden in the following text. Memorize them, you will be asked about them afterwards.\n"
 
 
@@ -71,8 +73,18 @@ def niah_multiquery(sentences: int, seed: int) -> Task:
     return _needles(sentences, seed, keys=4, values=1, asked=4)
 
 
-def variable_tracking(sentences: int, seed: int, hops: int = 4) -> Task:
-    """One number assigned to a variable and handed on `hops` times, in order, among filler; all variables that hold it are wanted."""
+def _with_example(task: Task, example: Task) -> Task:
+    """A task after a small solved one, as RULER has it where the form of the answer is not obvious."""
+    solved = f"{example.before}{example.question} {example.opening} {' '.join(example.answers)}\n\n"
+    return replace(task, before=solved + task.before)
+
+
+def variable_tracking(sentences: int, seed: int) -> Task:
+    """One number assigned to a variable and handed on four times; all variables that hold it are wanted. An example goes first."""
+    return _with_example(_variables(sentences, seed), _variables(5, seed + EXAMPLE))
+
+
+def _variables(sentences: int, seed: int, hops: int = 4) -> Task:
     draw = random.Random(seed)
     names = [f"{coded_word(draw, 5).upper()}" for _ in range(hops + 1)]
     value = number(draw, 5)
@@ -88,12 +100,16 @@ def variable_tracking(sentences: int, seed: int, hops: int = 4) -> Task:
     )
 
 
-def common_words(words: int, seed: int, wanted: int = 10) -> Task:
-    """A numbered list in which `wanted` words come ten times as often as the others; the common ones are asked for.
+def common_words(words: int, seed: int) -> Task:
+    """A numbered list in which ten words come ten times as often as the others; they are asked for. An example goes first.
 
     30 and 3 times, as in RULER; lists of fewer than 600 words 10 and 1 times (short ones less), very long ones multiples of 30 and 3, once
     there are no new words left.
     """
+    return _with_example(_listed_words(words, seed), _listed_words(40, seed + EXAMPLE))
+
+
+def _listed_words(words: int, seed: int, wanted: int = 10) -> Task:
     draw = random.Random(seed)
     seldom = 1 if words < 600 else 3
     while (words - 10 * seldom * wanted) // seldom > len(WORDS) - wanted:
