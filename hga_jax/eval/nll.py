@@ -39,9 +39,9 @@ def documents(model: LanguageModel, texts: dict[str, str], length: int) -> list[
         raise ValueError(f"{model.name} has no tokenizer: texts cannot be turned into tokens")
     made = []
     for name, text in texts.items():
-        # No token is shorter than a byte, few are longer than 16: a long text need not be tokenised to its end.
+        # Few tokens are longer than 16 characters: a long text need not be tokenised to its end. The cut may change the last tokens.
         tokens = model.tokenizer.encode(text[: 16 * length])
-        if len(tokens) < length:
+        if len(tokens) < length + 64 and len(text) > 16 * length:
             tokens = model.tokenizer.encode(text)
         if len(tokens) < length:
             raise ValueError(f"{name} has {len(tokens)} tokens, fewer than --length {length}: lower --length or give a longer text")
