@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
@@ -304,7 +305,7 @@ def hga_attention(
     *,
     config: HGAConfig,
     rope: RopeConfig | None = None,
-    rotation: Float[Array, "H H"] | None = None,
+    rotation: Float[Array | np.ndarray, "_H _H"] | None = None,
     query_start: int | Int[Array, ""] = 0,
     scale: float | None = None,
     implementation: str | None = None,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hga_jax.config import HGAConfig
 from hga_jax.pytree import register
+from hga_jax.sketches import KeySketches, estimated_keys
 from hga_jax.summaries import KeySums
+
+CHUNKS_AT_ONCE = 16  # chunks whose sketches are read in one step of a scan: 1024 tokens, enough for full-speed matmuls
+_EXACT = lax.Precision.HIGHEST  # a threshold is compared with: no TF32
 
 
 @register
@@ -26,6 +32,16 @@ class Selection:
     pages: Int[Array, "K R n"]
     since: Int[Array, "K R n"]
     used: Int[Array, ""]
+
+
+class Routed(NamedTuple):
+    """What routing a block gives: the opened pages, the remembered requests, pages refused for lack of room (summed over kv heads), and
+    the estimated attention mass of unopened pages (summed over live queries, averaged over heads)."""
+
+    selection: Selection
+    stamps: Int[Array, "K P"] | None
+    refused: Int[Array, ""]
+    unopened: Float[Array, ""]
 
 
 def largest(scores: Float[Array, "*rows n"], count: int) -> Bool[Array, "*rows n"]:
@@ -92,3 +108,119 @@ def route_top(
         since = jnp.where(best > -jnp.inf, jnp.take_along_axis(since, slots, axis=-1), length)
     used = jnp.where(middle_end > config.sink_chunks, candidates.shape[-1], 0)
     return Selection(candidates, since, used)
+
+
+def route_threshold(
+    query: Float[Array, "K G Q H"],
+    live: Bool[Array, " Q"],
+    own_chunk: Int[Array, ""],
+    sketches: KeySketches,
+    stamps: Int[Array, "K P"],
+    window_mass: Float[Array, "K G Q"],
+    config: HGAConfig,
+    rotation: Float[Array, "H H"],
+    scale: float,
+) -> Routed:
+    """The sketch policy's rule: a row opens, for all heads of the kv head, every page whose estimated attention mass reaches the threshold
+    for one of them; later rows of its chunk and of the next one see the page too.
+
+    window_mass: log of the summed exponentials of the exact window scores. stamps: last chunk in which each page was requested, taken and
+    returned. Strictly causal, and the same for one block of rows as for its rows one by one.
+    """
+    kv_heads, ratio, length, width = query.shape
+    pages, total_pages = config.groups_per_chunk, stamps.shape[1]
+    first_page = config.sink_chunks * pages
+    end_page = jnp.maximum(own_chunk - config.local_chunks, config.sink_chunks) * pages
+    rotated = jnp.einsum("krh,hi->kri", query.astype(jnp.float32).reshape(kv_heads, -1, width) * scale, rotation, precision=_EXACT)
+
+    chunks = min(CHUNKS_AT_ONCE, sketches.means.shape[1])
+    step = chunks * pages
+    tiles = jnp.where(end_page > first_page, -(-end_page // step), 0)
+
+    def begin_of(tile: Array) -> Array:
+        return jnp.minimum(tile * chunks, sketches.means.shape[1] - chunks)  # the last tile may reach back over pages already done
+
+    def score(tile: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        scores, peak, total = carry
+        begin = begin_of(tile)
+        estimates = estimated_keys(sketches, begin, chunks, rotation)
+        tokens = jnp.einsum("ksh,krh->ksr", estimates, rotated, precision=_EXACT)
+        fresh = tokens.reshape(kv_heads, step, config.group_size, -1).max(2)  # a page weighs as much as its best token
+        page = begin * pages + jnp.arange(step)[:, None]
+        fresh = jnp.where((page >= first_page) & (page < end_page), fresh, -jnp.inf)
+        counted = jnp.where(page >= tile * step, fresh, -jnp.inf)
+        new_peak = jnp.maximum(peak, counted.max(1))
+        total = total * jnp.exp(peak - new_peak) + jnp.exp(counted - new_peak[:, None]).sum(1)
+        return lax.dynamic_update_slice_in_dim(scores, fresh, begin * pages, axis=1), new_peak, total
+
+    rows = ratio * length
+    window_mass = window_mass.reshape(kv_heads, rows)
+    start = (jnp.full((kv_heads, total_pages, rows), -jnp.inf), window_mass, jnp.ones((kv_heads, rows)))
+    scores, peak, total = lax.fori_loop(0, tiles, score, start)
+    mass_unit = peak + jnp.log(total)  # what a score is measured against: exp(score - mass_unit) is the page's mass
+    row = jnp.tile(jnp.arange(length), ratio)
+    least = jnp.where(jnp.tile(live, ratio), mass_unit + math.log(config.threshold), jnp.inf)
+
+    def ask(tile: Array, first: Array) -> Array:
+        begin = begin_of(tile) * pages
+        asked = lax.dynamic_slice_in_dim(scores, begin, step, axis=1) >= least[:, None]
+        return lax.dynamic_update_slice_in_dim(first, jnp.where(asked, row, length).min(-1), begin, axis=1)
+
+    first = lax.fori_loop(0, tiles, ask, jnp.full((kv_heads, total_pages), length))
+    carried = stamps >= own_chunk - 1
+    capacity = min(config.page_capacity, total_pages)
+    granted = _grant(jnp.where(carried, length, first), capacity - carried.sum(-1), length)
+    refused = jnp.sum((first < length) & ~carried & ~granted)
+    stamps = jnp.where((first < length) & (carried | granted), own_chunk, stamps)
+
+    # The open pages in order of their ids, without a sort: slot n holds the page at which the running count reaches n + 1.
+    count = jnp.cumsum(carried | granted, axis=-1)
+    slot = jnp.arange(capacity)
+    ids = jax.vmap(lambda running: jnp.searchsorted(running, slot + 1))(count)
+    filled = slot < count[:, -1:]
+    ids = jnp.where(filled, ids, 0)
+    since = jnp.where(filled, jnp.take_along_axis(jnp.where(carried, 0, first), ids, axis=-1), length)
+    selection = Selection(ids[:, None], since[:, None], count[:, -1].max())
+    opened = _opened_mass(scores, mass_unit, ids, since, row, selection.used)
+    outside = 1 - jnp.exp(window_mass - mass_unit)  # the estimated mass of all routed pages
+    unopened = jnp.sum(jnp.where(jnp.tile(live, ratio), jnp.maximum(outside - opened, 0), 0)) / (kv_heads * ratio)
+    return Routed(selection, stamps, refused, unopened)
+
+
+def _grant(first: Int[Array, "K P"], room: Int[Array, " K"], length: int) -> Bool[Array, "K P"]:
+    """Which of the pages asked for at row `first` (`length`: not) get one of the `room` places, in order of (row, page id)."""
+    asked, room = first < length, room[:, None]
+
+    def ration(first: Array) -> Array:
+        served = jnp.zeros_like(room)  # rows all of whose requests fit, found by bisection
+        for bit in reversed(range(length.bit_length())):
+            longer = served + (1 << bit)
+            fits = jnp.sum(first < longer, axis=-1, keepdims=True) <= room
+            served = jnp.where((longer <= length) & fits, longer, served)
+        whole = first < served
+        partly = asked & (first == served)
+        return (asked & whole) | (partly & (jnp.cumsum(partly, axis=-1) <= room - whole.sum(-1, keepdims=True)))
+
+    return lax.cond(jnp.any(asked.sum(-1, keepdims=True) > room), ration, lambda first: first < length, first)
+
+
+def _opened_mass(
+    scores: Float[Array, "K P r"],
+    mass_unit: Float[Array, "K r"],
+    ids: Int[Array, "K n"],
+    since: Int[Array, "K n"],
+    row: Int[Array, " r"],
+    used: Int[Array, ""],
+) -> Float[Array, "K r"]:
+    """Estimated attention mass of the pages each row sees."""
+    step = min(64, ids.shape[1])
+    short = -ids.shape[1] % step
+    ids = jnp.pad(ids, ((0, 0), (0, short)))
+    since = jnp.pad(since, ((0, 0), (0, short)), constant_values=scores.shape[2])
+
+    def add(i: Array, total: Array) -> Array:
+        here, seen = (lax.dynamic_slice_in_dim(x, i * step, step, axis=1) for x in (ids, since))
+        mass = jnp.exp(jax.vmap(lambda table, pages: table[pages])(scores, here) - mass_unit[:, None])
+        return total + jnp.where(seen[..., None] <= row, mass, 0).sum(1)
+
+    return lax.fori_loop(0, -(-used // step), add, jnp.zeros_like(mass_unit))

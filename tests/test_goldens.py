@@ -11,9 +11,11 @@ import pytest
 from hga_jax.attention import HGAAttention, hga_attention
 from hga_jax.config import HGAConfig, RopeConfig
 from hga_jax.reference import reference_attention
+from hga_jax.sketches import codes_of, key_sketches
 
 GOLDEN = Path(__file__).parent / "golden" / "hga"
 PAPER = ("gqa_sinks_local", "mha_no_windows", "full_coverage", "whole_chunk_groups", "short_prompt", "decode_no_windows")
+SKETCH = ("sketch_gqa", "sketch_small_pages")
 TOLERANCE = 1e-4  # the goldens' own: float32 sums in another order
 
 
@@ -63,3 +65,49 @@ def test_paper_oracle(name):
             data["q"][end - 1 : end], data["k"][:end], data["v"][:end], config=config, rope=rope, query_start=end - 1
         )
         np.testing.assert_allclose(result.out[0], data["decode_out"][i], atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", SKETCH)
+def test_sketch_codes(name):
+    data, _, config, _ = load(name, "sketch")
+    tokens = len(data["head0_codes"])
+    sketches = key_sketches(jnp.asarray(data["k"][:tokens, :1]).swapaxes(0, 1), config.chunk_size, jnp.asarray(data["rotation"]))
+    np.testing.assert_array_equal(codes_of(sketches.codes, data["k"].shape[2])[0], data["head0_codes"])
+    np.testing.assert_allclose(sketches.scales[0], data["head0_scales"], rtol=1e-5)
+    np.testing.assert_allclose(sketches.means[0], data["head0_means"], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SKETCH)
+def test_sketch_attention(name):
+    data, _, config, _ = load(name, "sketch")
+    run = jax.jit(lambda q, k, v, rotation: hga_attention(q, k, v, config=config, rotation=rotation, return_stats=True))
+    out, stats = run(*(data[x][None] for x in "qkv"), data["rotation"])
+    np.testing.assert_array_equal(stats.visible_keys[0], data["visible_keys"])
+    np.testing.assert_allclose(out[0], data["out"], atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", SKETCH)
+def test_sketch_own_requests(name):
+    """A stateless single query remembers nothing: what it sees beside its windows is what it requests itself."""
+    data, meta, config, _ = load(name, "sketch")
+    tokens, heads, kv_heads = len(data["q"]), meta["heads"], meta["kv_heads"]
+
+    run = jax.jit(
+        lambda q, k, v: hga_attention(q, k, v, config=config, rotation=data["rotation"], query_start=k.shape[1] - 1, return_stats=True)
+    )
+    for t in (tokens - 1, meta["prefill"], tokens // 2):
+        _, stats = run(data["q"][None, t : t + 1], data["k"][None, : t + 1], data["v"][None, : t + 1])
+        chunk = t // config.chunk_size
+        windows = t + 1 - (chunk - config.local_chunks - config.sink_chunks) * config.chunk_size
+        pages = (np.asarray(stats.visible_keys[0, 0]) - windows) / config.group_size
+        np.testing.assert_array_equal(pages.reshape(kv_heads, -1)[:, 0], data["own_requests"][t])
+        np.testing.assert_array_equal(pages, np.repeat(data["own_requests"][t], heads // kv_heads))
+
+
+@pytest.mark.parametrize("name", SKETCH)
+def test_sketch_oracle(name):
+    data, _, config, _ = load(name, "sketch")
+    result = reference_attention(*(data[x] for x in "qkv"), config=config, rotation=data["rotation"])
+    np.testing.assert_array_equal(result.visible_keys, data["visible_keys"])
+    np.testing.assert_array_equal(result.requested.sum(-1), data["own_requests"])
+    np.testing.assert_allclose(result.out, data["out"], atol=1e-6)  # stored as float32

@@ -38,6 +38,15 @@ def test_budgets_over_everything_equal_dense_causal_attention():
     np.testing.assert_allclose(out, jax.nn.dot_product_attention(q, k, v, is_causal=True), atol=1e-5)
 
 
+def test_a_threshold_that_opens_everything_equals_dense_causal_attention():
+    q, k, v = tensors(tokens=203)
+    config = HGAConfig(chunk_size=16, group_size=4, sink_chunks=1, local_chunks=1, policy="sketch", threshold=1e-9)
+    out, stats = jax.jit(lambda *x: hga_attention(*x, config=config, return_stats=True))(q, k, v)
+    np.testing.assert_allclose(out, jax.nn.dot_product_attention(q, k, v, is_causal=True), atol=1e-5)
+    np.testing.assert_allclose(stats.totals.fetched, 13.0, rtol=1e-6)
+    np.testing.assert_allclose(stats.totals.unopened, 0.0, atol=1e-4)
+
+
 def test_batch_jit_and_vmap_agree():
     q, k, v = tensors()
 

@@ -1,5 +1,7 @@
 """The fast path against the float64 oracle, over shapes the goldens do not have."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +11,10 @@ from hga_jax.attention import HGAAttention, hga_attention
 from hga_jax.config import HGAConfig, Llama3Scaling, RopeConfig, YarnScaling
 from hga_jax.reference import reference_attention
 from hga_jax.rope import rotate
+from hga_jax.sketches import built_in_rotation
 
 ROPE = RopeConfig(10000.0)
+SKETCH = HGAConfig(chunk_size=16, group_size=4, sink_chunks=1, local_chunks=2, policy="sketch", threshold=0.02)
 SMALL = HGAConfig(chunk_size=16, group_size=4, sink_chunks=1, local_chunks=2, policy="paper", top_chunks=3, top_groups=8)
 
 
@@ -29,6 +33,8 @@ def tensors(tokens, heads=4, kv_heads=2, head_dim=16, seed=0, rope=ROPE):
 
 def check(q, k, v, config, rope=ROPE, start=0, **more):
     """Outputs within float32's rounding, and the same number of visible keys for every query and head."""
+    if config.policy == "sketch":
+        more["rotation"] = built_in_rotation(q.shape[-1])
     expected = reference_attention(q[start:], k, v, config=config, rope=rope, query_start=start, **more)
     run = jax.jit(lambda q, k, v: hga_attention(q, k, v, config=config, rope=rope, query_start=start, return_stats=True, **more))
     out, stats = run(q[None, start:], k[None], v[None])
@@ -37,19 +43,25 @@ def check(q, k, v, config, rope=ROPE, start=0, **more):
     return stats.totals, expected
 
 
-@pytest.mark.parametrize("tokens", [1, 5, 15, 16, 17, 64, 97, 160])
-def test_lengths(tokens):
-    check(*tensors(tokens), SMALL)
+both = pytest.mark.parametrize("config", [SMALL, SKETCH], ids=["paper", "sketch"])
 
 
+@both
+@pytest.mark.parametrize("tokens", [1, 5, 16, 17, 64, 97])
+def test_lengths(tokens, config):
+    check(*tensors(tokens), config)
+
+
+@both
 @pytest.mark.parametrize("ratio", [1, 3, 7, 8])
-def test_query_heads_per_kv_head(ratio):
-    check(*tensors(150, heads=2 * ratio), SMALL)
+def test_query_heads_per_kv_head(ratio, config):
+    check(*tensors(150, heads=2 * ratio), config)
 
 
+@both
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
-def test_head_dims(head_dim):
-    check(*tensors(130, heads=2, kv_heads=1, head_dim=head_dim), SMALL)
+def test_head_dims(head_dim, config):
+    check(*tensors(130, heads=2, kv_heads=1, head_dim=head_dim), config)
 
 
 @pytest.mark.parametrize(
@@ -69,13 +81,53 @@ def test_head_dims(head_dim):
     ids=str,
 )
 def test_settings(changes):
-    config = HGAConfig(**{**{name: getattr(SMALL, name) for name in SMALL.__dataclass_fields__}, **changes})
-    check(*tensors(200), config)
+    check(*tensors(200), replace(SMALL, **changes))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"chunk_size": 8, "group_size": 8},
+        {"chunk_size": 12, "group_size": 3},
+        {"sink_chunks": 0, "local_chunks": 0},
+        {"sink_chunks": 4, "local_chunks": 0},
+        {"threshold": 0.3},
+    ],
+    ids=str,
+)
+def test_sketch_settings(changes):
+    _, expected = check(*tensors(200), replace(SKETCH, **changes))
+    assert 0 < expected.opened.mean() < 0.9
+
+
+@pytest.mark.parametrize("head_dim", [6, 50])
+def test_sketch_of_a_head_dim_that_does_not_fill_bytes(head_dim):
+    check(*tensors(100, head_dim=head_dim), SKETCH)
+
+
+def test_sketch_estimates_the_unopened_mass():
+    """Against the definition, from exact float64 scores of what the sketches remember: with every page open nothing is left."""
+    q, k, v = tensors(150)
+    totals, expected = check(q, k, v, replace(SKETCH, threshold=1e-7))
+    assert expected.opened.sum() == expected.requested.sum() * 2  # each page for both heads of its kv head, and all the time
+    assert totals.unopened[0] == pytest.approx(0, abs=1e-4)
+    totals, _ = check(q, k, v, replace(SKETCH, threshold=0.999))  # nothing is open
+    assert 10 < totals.unopened[0] < 86  # of the 86 queries that have a routed middle
+
+
+@pytest.mark.parametrize("capacity", [1, 3, 7])
+def test_sketch_refuses_in_query_order(capacity):
+    """The oracle serves requests one by one; a later request never displaces an earlier one."""
+    totals, expected = check(*tensors(200), replace(SKETCH, page_capacity=capacity))
+    assert expected.refused > 0
+    assert totals.refused[0] > 0
+    assert (expected.opened.sum(-1) <= capacity).all()
+
+
+@both
 @pytest.mark.parametrize("start", [1, 100, 112, 159])
-def test_queries_that_start_late(start):
-    check(*tensors(160), SMALL, start=start)
+def test_queries_that_start_late(start, config):
+    check(*tensors(160), config, start=start)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,84 @@
+"""The sketch policy's summaries: chunk means, and each token's residual from its chunk mean in 2 bits a coordinate.
+
+Pure functions: keys in, a pytree out. At head dim 128 and bf16 that is 38 bytes a token and kv head beside the 512 of its K and V.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int, UInt8
+
+from hga_jax.pytree import register
+
+# Lloyd-Max quantiser of a unit Gaussian, four levels (Max 1960, table I, n = 4): levels +-INNER, +-OUTER, thresholds 0 and +-EDGE.
+INNER, OUTER, EDGE = 0.4528, 1.5104, 0.9816
+ROTATION_VERSION = 1  # part of every stored sketch's format: another rotation reads the codes as noise
+
+
+@register
+@dataclass(frozen=True)
+class KeySketches:
+    """means: of the post-RoPE keys of each chunk. codes: four coordinates a byte, of the rotated residual from the mean. scales: per token.
+
+    Byte b of a token holds coordinates b, b + B, b + 2B, b + 3B (B bytes a token, missing ones zero), the first in the lowest bits; a code
+    0..3 stands for -OUTER, -INNER, INNER, OUTER times the token's scale. Means and scales have the keys' dtype.
+    """
+
+    means: Float[Array, "K chunks H"]
+    codes: UInt8[Array, "K S B"]
+    scales: Float[Array, "K S"]
+
+
+@cache
+def built_in_rotation(head_dim: int) -> Float[np.ndarray, "H H"]:
+    """The fixed random orthogonal matrix of this format version, float32; x @ rotation rotates a row vector.
+
+    It spreads every residual evenly over the coordinates, so that one quantiser serves all of them. numpy's RandomState stream is frozen,
+    and making R's diagonal positive makes the QR factors unique: the matrix does not depend on the library that computed it.
+    """
+    normal = np.random.RandomState(26063070 + ROTATION_VERSION).standard_normal((head_dim, head_dim))
+    q, r = np.linalg.qr(normal)
+    return (q * np.sign(np.diag(r))).astype(np.float32)
+
+
+def key_sketches(keys: Float[Array, "K S H"], chunk_size: int, rotation: Float[Array, "H H"]) -> KeySketches:
+    """Sketches of whole chunks of post-RoPE keys; float32 inside. The residual is taken from the mean as stored."""
+    kv_heads, tokens, width = keys.shape
+    parts = keys.astype(jnp.float32).reshape(kv_heads, -1, chunk_size, width)
+    means = parts.mean(2).astype(keys.dtype)
+    residual = (parts - means[:, :, None].astype(jnp.float32)).reshape(kv_heads, tokens, width)
+    residual = jnp.einsum("ksh,hi->ksi", residual, jnp.asarray(rotation, jnp.float32), precision=lax.Precision.HIGHEST)
+    edge = EDGE * jnp.sqrt(jnp.mean(residual**2, axis=-1, keepdims=True))
+    outer, positive = jnp.abs(residual) >= edge, residual >= 0
+    # Exactly on a threshold the upper level is taken: at -EDGE that is the inner one.
+    outer = outer & (positive | (residual < -edge))
+    size = jnp.where(outer, OUTER, INNER)
+    scales = jnp.sum(jnp.abs(residual) * size, axis=-1) / jnp.sum(size**2, axis=-1)  # least squares: signs agree
+    code = jnp.where(positive, jnp.where(outer, 3, 2), jnp.where(outer, 0, 1)).astype(jnp.uint8)
+    code = jnp.pad(code, ((0, 0), (0, 0), (0, -width % 4))).reshape(kv_heads, tokens, 4, -1)
+    packed = code[:, :, 0] | code[:, :, 1] << 2 | code[:, :, 2] << 4 | code[:, :, 3] << 6
+    return KeySketches(means, packed, scales.astype(keys.dtype))
+
+
+def codes_of(packed: UInt8[Array, "K S B"], head_dim: int) -> UInt8[Array, "K S H"]:
+    """The codes 0..3, one a coordinate."""
+    shifts = jnp.arange(0, 8, 2, dtype=jnp.uint8)[:, None]
+    codes = (packed[:, :, None, :] >> shifts) & 3
+    return codes.reshape(*packed.shape[:2], -1)[:, :, :head_dim]
+
+
+def estimated_keys(sketches: KeySketches, first_chunk: Int[Array, ""], chunks: int, rotation: Float[Array, "H H"]) -> Float[Array, "K S H"]:
+    """What the sketches of `chunks` neighbouring chunks remember of their keys, in rotated coordinates, float32."""
+    size, width = sketches.scales.shape[1] // sketches.means.shape[1], sketches.means.shape[2]
+    means = lax.dynamic_slice_in_dim(sketches.means, first_chunk, chunks, axis=1).astype(jnp.float32)
+    means = jnp.einsum("kch,hi->kci", means, jnp.asarray(rotation, jnp.float32), precision=lax.Precision.HIGHEST)
+    packed = lax.dynamic_slice_in_dim(sketches.codes, first_chunk * size, chunks * size, axis=1)
+    scales = lax.dynamic_slice_in_dim(sketches.scales, first_chunk * size, chunks * size, axis=1).astype(jnp.float32)
+    codes = codes_of(packed, width)
+    levels = jnp.where((codes == 0) | (codes == 3), OUTER, INNER) * jnp.where(codes >= 2, 1.0, -1.0)
+    return jnp.repeat(means, size, axis=1) + levels * scales[:, :, None]
