@@ -1,6 +1,7 @@
 """Losses equal those of transformers' logits, gaps come with the right standard error, and missed mass equals a float64 count."""
 
 import itertools
+from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +16,7 @@ from hga_jax.eval.losses import paired_gap, position_bins, score
 from hga_jax.eval.sweep import pareto, sweep_words
 from hga_jax.loading import load_model
 from hga_jax.reference import reference_attention
+from hga_jax.sketches import built_in_rotation
 
 SMALL = HGAConfig(policy="paper", chunk_size=16, group_size=4, sink_chunks=1, local_chunks=1, top_chunks=2, top_groups=4)
 
@@ -109,15 +111,19 @@ def test_short_text_is_refused(model):
         nll.documents(model, {"b.txt": "too short"}, 300)
 
 
-@pytest.mark.parametrize("skip", [0, 100])
-def test_missed_mass_equals_a_float64_count(model, skip):
+SKETCH = replace(SMALL, policy="sketch", threshold=0.05)
+
+
+@pytest.mark.parametrize(("config", "skip"), [(SMALL, 0), (SMALL, 100), (SKETCH, 0)], ids=["paper", "paper from 100", "sketch"])
+def test_missed_mass_equals_a_float64_count(model, config, skip):
     """Which pages are open comes from the numpy oracle, the softmax from float64."""
     tokens = model.tokenizer.encode(TEXTS["a.txt"])[:150]
-    backend = model.backend("hga", SMALL)
+    backend = model.backend("hga", config)
     layer = model.params.layers[0]
     x = model.params.embed(jnp.asarray(tokens))
     query, key, value = (np.asarray(a, np.float64) for a in layer.attention.project(layer.attention_norm(x), jnp.arange(150)))
-    opened = reference_attention(query, key, value, config=SMALL, rope=model.config.rope).opened
+    rotation = built_in_rotation(query.shape[-1])
+    opened = reference_attention(query, key, value, config=config, rope=model.config.rope, rotation=rotation).opened
     heads, kv_heads = query.shape[1], key.shape[1]
     missed, middle = np.zeros(heads), np.zeros(heads)
     for t in range(skip + 1, 150):
@@ -134,7 +140,7 @@ def test_missed_mass_equals_a_float64_count(model, skip):
     found = mass.layer_mass(layer, x, jnp.int32(150), jnp.int32(skip), backend=backend)
     np.testing.assert_allclose(found[0], missed / (149 - skip), atol=1e-5, rtol=0)
     np.testing.assert_allclose(found[1], middle / (149 - skip), atol=1e-5, rtol=0)
-    assert missed.max() > 1  # the test would pass on zeros otherwise
+    assert 1 < missed.max() < middle.max()  # the test would pass on zeros otherwise
 
 
 def test_mass_of_all_layers(model):
@@ -143,6 +149,13 @@ def test_mass_of_all_layers(model):
     assert narrow.shape == (model.config.layers, model.config.heads)
     assert 0.01 < narrow.mean() < 1
     assert not wide.any()
+
+
+def test_windows_alone_miss_all_of_the_middle(model):
+    (windows,) = parse_choices(["windows:chunk_size=16,group_size=4,sink_chunks=1,local_chunks=1"])
+    (policy,) = mass.evaluate(model, TEXTS, 300, [windows], skip=100)["policies"]
+    np.testing.assert_allclose(policy["missed"], policy["middle"], rtol=1e-6)
+    assert policy["missed_mean"] > 0.1
 
 
 def test_policy_words():
