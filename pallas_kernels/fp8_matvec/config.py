@@ -1,0 +1,32 @@
+"""Tunables of the matvec kernel, and the measured choices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pallas_kernels.fp8 import BLOCK, CONVERSIONS, Conversion
+
+
+@dataclass(frozen=True)
+class Config:
+    """One program multiplies `rows` rows of W, `columns` columns at a time, `in_flight` such pieces loaded before the first is used.
+
+    splits: the input dimension is divided among this many programs, whose float32 partial sums XLA adds (another launch).
+    """
+
+    rows: int = 4
+    columns: int = 2048
+    in_flight: int = 2
+    splits: int = 1
+    warps: int = 4
+    conversion: Conversion = "cast"
+
+    def __post_init__(self) -> None:
+        for name, low, high in (("rows", 1, BLOCK), ("columns", 16, 8192), ("warps", 1, 16), ("splits", 1, 64)):
+            value = getattr(self, name)
+            if not low <= value <= high or value & (value - 1):
+                raise ValueError(f"{name}={value} must be a power of two from {low} to {high}")
+        if self.in_flight < 1:
+            raise ValueError(f"in_flight={self.in_flight} must be at least 1")
+        if self.conversion not in CONVERSIONS:
+            raise ValueError(f"conversion={self.conversion!r} must be one of {CONVERSIONS}")
