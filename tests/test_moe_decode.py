@@ -51,7 +51,9 @@ def test_matvec(tokens, outputs, inputs, fp8, interpret):
 
 
 @pytest.mark.parametrize("interpret", MODES)
-@pytest.mark.parametrize(("tokens", "experts", "choices", "size", "width"), [(1, 5, 2, 128, 256), (4, 7, 3, 72, 200), (2, 4, 1, 150, 80), (1, 8, 8, 96, 64)])
+@pytest.mark.parametrize(
+    ("tokens", "experts", "choices", "size", "width"), [(1, 5, 2, 128, 256), (4, 7, 3, 72, 200), (2, 4, 1, 150, 80), (1, 8, 8, 96, 64)]
+)
 @pytest.mark.parametrize("fp8", [True, False])
 def test_expert_mlp(tokens, experts, choices, size, width, fp8, interpret):
     rng = np.random.default_rng(size)
@@ -59,7 +61,10 @@ def test_expert_mlp(tokens, experts, choices, size, width, fp8, interpret):
     ids = jnp.asarray(np.stack([rng.permutation(experts)[:choices] for _ in range(tokens)]), jnp.int32)
     weights = jnp.asarray(rng.uniform(0.1, 1, (tokens, choices)), jnp.float32)
     values, scales = zip(
-        block_scaled(rng, experts, size, width), block_scaled(rng, experts, size, width), block_scaled(rng, experts, width, size), strict=True
+        block_scaled(rng, experts, size, width),
+        block_scaled(rng, experts, size, width),
+        block_scaled(rng, experts, width, size),
+        strict=True,
     )
     if not fp8:
         values, scales = tuple(v.astype(jnp.bfloat16) for v in values), (None,) * 3
@@ -67,7 +72,9 @@ def test_expert_mlp(tokens, experts, choices, size, width, fp8, interpret):
     expected = reference.expert_mlp(x, np.asarray(ids), np.asarray(weights), *wide)
     for config in (
         moe_decode.Config(fp8_matvec.Config(rows=4, columns=256), fp8_matvec.Config(rows=8, columns=128)),
-        moe_decode.Config(fp8_matvec.Config(rows=8, columns=64, conversion="bits"), fp8_matvec.Config(rows=2, columns=256, conversion="bits")),
+        moe_decode.Config(
+            fp8_matvec.Config(rows=8, columns=64, conversion="bits"), fp8_matvec.Config(rows=2, columns=256, conversion="bits")
+        ),
     ):
         out = moe_decode.expert_mlp(x, ids, weights, values, scales, config=config, interpret=interpret)
         assert relative(out, expected) < 2e-6  # float32 throughout

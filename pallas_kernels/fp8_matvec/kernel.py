@@ -62,7 +62,7 @@ def row_dots(
 
     xs: (ref [T, in], row). weights: (values ref, scales ref or None, leading index) whose rest is [out, in].
     """
-    rows, conversion = config.rows, config.conversion
+    rows = config.rows
     row_index = span(row, rows)
     partial_rows = outputs % rows != 0
     sums: dict[tuple, Array] = {}
