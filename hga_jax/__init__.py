@@ -1,0 +1,49 @@
+"""Long context on one GPU, in JAX: Hierarchical Global Attention for stock GQA/RoPE checkpoints (arXiv 2606.30709).
+
+>>> model = hga_jax.load_model()                      # SmolLM2-135M-Instruct, fetched once
+>>> model.generate("Name three rivers.").text
+>>> hga_jax.hga_attention(query, key, value, config=hga_jax.HGAConfig(), rope=hga_jax.RopeConfig(theta=1e6))
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hga_jax.attention import HGAAttention, hga_attention
+    from hga_jax.backend import AttentionBackend, DenseAttention
+    from hga_jax.config import HGAConfig, ModelConfig, RopeConfig
+    from hga_jax.generation import GenerateResult
+    from hga_jax.language_model import LanguageModel
+    from hga_jax.loading import load_model
+
+# Loaded when first used, so that the command line answers wrong options before JAX is imported.
+_HOMES = {
+    "AttentionBackend": "backend",
+    "DenseAttention": "backend",
+    "GenerateResult": "generation",
+    "HGAAttention": "attention",
+    "HGAConfig": "config",
+    "LanguageModel": "language_model",
+    "ModelConfig": "config",
+    "RopeConfig": "config",
+    "hga_attention": "attention",
+    "load_model": "loading",
+}
+__all__ = [
+    "AttentionBackend",
+    "DenseAttention",
+    "GenerateResult",
+    "HGAAttention",
+    "HGAConfig",
+    "LanguageModel",
+    "ModelConfig",
+    "RopeConfig",
+    "hga_attention",
+    "load_model",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'hga_jax' has no attribute {name!r}")
+    return getattr(import_module(f"hga_jax.{_HOMES[name]}"), name)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,10 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from hga_jax.cache import DeviceHistory
+from hga_jax.pytree import register
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclass(frozen=True)
 class Stats:
     """Sums that become fractions when divided: each layer's call adds its own, `+` adds calls up. All float32 scalars.
@@ -45,6 +46,7 @@ class Stats:
         return jax.tree.map(jnp.add, self, other)
 
 
+@runtime_checkable
 class AttentionBackend(Protocol):
     """What the decoder asks of an attention mechanism. One layer, one sequence; batches are made with vmap."""
 
@@ -70,7 +72,7 @@ class AttentionBackend(Protocol):
 class DenseAttention:
     """Exact causal attention over the whole history, in blocks with an online softmax: no [T, S] array is ever made."""
 
-    query_block: int = 128
+    query_block: int = 256
     key_block: int = 512
     page_size: int = 16
 

@@ -20,6 +20,7 @@ class HGAConfig:
     sink_chunks, local_chunks: the first chunks, and the chunks just before the query's own, always attended.
     policy: "sketch" (causal threshold on estimated attention mass) or "paper" (arXiv 2606.30709: top chunks, then top groups).
     threshold: sketch policy, the share of a query's attention mass above which a page is opened (0 < threshold < 1).
+    page_capacity: sketch policy, the most routed pages of a kv head open at a time; further requests are refused, in query order.
     top_chunks, top_groups, summary: paper policy; `top_groups // 2` is what each single query requests.
     """
 
@@ -29,6 +30,7 @@ class HGAConfig:
     local_chunks: int = 8
     policy: Literal["sketch", "paper"] = "paper"
     threshold: float = 0.004
+    page_capacity: int = 1024
     top_chunks: int = 16
     top_groups: int = 64
     summary: Literal["mixed_rope", "mean"] = "mixed_rope"
@@ -42,6 +44,8 @@ class HGAConfig:
             raise ValueError(f"policy={self.policy!r}: choose one of {', '.join(POLICIES)}")
         if not 0.0 < self.threshold < 1.0:
             raise ValueError(f"threshold={self.threshold} must lie between 0 and 1 (0.004 is a good start)")
+        if self.page_capacity < 1:
+            raise ValueError(f"page_capacity={self.page_capacity} must be at least 1")
         if self.top_chunks < 1 or self.top_groups < 2:
             raise ValueError(f"top_chunks={self.top_chunks} must be at least 1 and top_groups={self.top_groups} at least 2")
         if self.summary not in SUMMARIES:
@@ -153,6 +157,14 @@ class ModelConfig:
     def is_moe_layer(self, layer: int) -> bool:
         return self.experts > 0 and layer not in self.dense_layers
 
+    def is_fp8(self, module: str) -> bool:
+        """Whether a projection, by its name in the checkpoint ("model.layers.0.self_attn.q_proj"), is stored as FP8.
+
+        An entry of the checkpoint's modules_to_not_convert covers the module of that name, all below it, and all whose name ends with it.
+        """
+        skipped = any(module == name or module.startswith(name + ".") or module.endswith("." + name) for name in self.fp8_skip)
+        return self.fp8_block is not None and not skipped
+
     def with_rope(self, rope: RopeConfig) -> ModelConfig:
         return replace(self, rope=rope)
 
@@ -172,10 +184,10 @@ def _model_config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
             raise ValueError(f"config.json of this {kind} model lacks {key!r}")
         return raw[key]
 
-    window_on = raw.get("use_sliding_window", kind == "mistral") and raw.get("sliding_window")
     context = int(need("max_position_embeddings"))
-    if window_on and int(raw["sliding_window"]) < context:
-        raise ValueError(f"sliding_window={raw['sliding_window']} is not supported: only full attention layers (sliding_window: null) are")
+    window = raw.get("sliding_window", 4096) if raw.get("use_sliding_window", kind == "mistral") else None  # 4096: what an absent key means
+    if window and int(window) < context:
+        raise ValueError(f"sliding_window={window} is not supported: only full attention layers (sliding_window: null) are")
     if (activation := raw.get("hidden_act", "silu")) not in ("silu", "swish"):
         raise ValueError(f"hidden_act={activation!r} is not supported: only silu is")
     heads, hidden, layers = int(need("num_attention_heads")), int(need("hidden_size")), int(need("num_hidden_layers"))
@@ -187,6 +199,7 @@ def _model_config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     eos = raw.get("eos_token_id")
     fp8_block, fp8_skip = _fp8_from_hf(raw.get("quantization_config"))
     bias = bool(raw.get("attention_bias", False))
+    experts_key = "num_experts" if "num_experts" in raw else "num_local_experts"  # the second is what transformers 5 saves
     return ModelConfig(
         model_type=kind, vocab_size=int(need("vocab_size")), hidden_size=hidden, layers=layers, heads=heads,
         kv_heads=int(raw.get("num_key_value_heads") or heads), head_dim=int(raw.get("head_dim") or hidden // heads),
@@ -197,7 +210,7 @@ def _model_config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
         output_bias=False if kind == "qwen2" else bias,
         mlp_bias=bool(raw.get("mlp_bias", False)),
         tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        experts=int(need("num_experts")) if moe else 0, experts_per_token=int(need("num_experts_per_tok")) if moe else 0,
+        experts=int(need(experts_key)) if moe else 0, experts_per_token=int(need("num_experts_per_tok")) if moe else 0,
         expert_size=int(need("moe_intermediate_size")) if moe else 0, norm_topk_prob=bool(raw.get("norm_topk_prob", False)),
         dense_layers=dense_layers, fp8_block=fp8_block, fp8_skip=fp8_skip,
         bos_token_id=raw.get("bos_token_id"),
@@ -220,9 +233,12 @@ def rope_from_hf(raw: Mapping[str, Any], native_context: int) -> RopeConfig:
     """RopeConfig from a config.json: the `rope_theta` + `rope_scaling` pair, or the newer `rope_parameters`."""
     nested = raw.get("rope_parameters") or {}
     scaling = dict(nested or raw.get("rope_scaling") or {})
-    theta = raw.get("rope_theta", nested.get("rope_theta"))
+    theta = nested.get("rope_theta") or raw.get("rope_theta")
     if theta is None:
         raise ValueError("config.json names no rope_theta: the checkpoint's own value is needed, there is no safe default")
+    partial = scaling.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0
+    if partial != 1.0:
+        raise ValueError(f"partial_rotary_factor={partial} in config.json is not supported: only 1.0 is, rotating the whole head")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
 
     def need(key: str) -> Any:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from hga_jax.backend import AttentionBackend, Stats
 from hga_jax.config import ModelConfig
 from hga_jax.moe import expert_mlp
-from hga_jax.quantized import BlockScaled, Weight, matmul
+from hga_jax.quantized import AbstractWeight, BlockScaled, matmul
 from hga_jax.rope import rotate
 
 
@@ -33,9 +33,9 @@ class Parameters:
     def weight(self, name: str, *shape: int) -> nnx.Param:
         """A projection; `name` is the checkpoint's module name, by which FP8 checkpoints list what they left unquantised."""
         values = jax.random.normal(self._next_key(), shape, jnp.float32) / shape[-1] ** 0.5
-        block = self.config.fp8_block
-        if block is None or name in self.config.fp8_skip:
+        if not self.config.is_fp8(name):
             return nnx.Param(values.astype(self.dtype))
+        block = self.config.fp8_block
         scales = jnp.full((*shape[:-2], -(-shape[-2] // block[0]), -(-shape[-1] // block[1])), 4 / shape[-1] ** 0.5 / 448, jnp.float32)
         return nnx.Param(BlockScaled((values * (448 / 4 * shape[-1] ** 0.5)).astype(jnp.float8_e4m3fn), scales, block))
 
@@ -195,7 +195,7 @@ class Decoder(nnx.Module):
         return jnp.einsum("...d,vd->...v", self.final_norm(x), weight.get_value(), preferred_element_type=jnp.float32)
 
 
-def weight_leaves(decoder: Decoder) -> dict[str, Weight]:
+def weight_leaves(decoder: Decoder) -> dict[str, AbstractWeight]:
     """Every parameter by its path in the tree, e.g. "layers.0.attention.q.weight": arrays, shapes, or BlockScaled of either."""
     flat = nnx.to_flat_state(nnx.state(decoder))
     return {".".join(str(part) for part in path): leaf.get_value() for path, leaf in flat}

@@ -1,4 +1,4 @@
-"""Weights that stay FP8: e4m3 values with one scale per block, as Qwen's FP8 checkpoints store them; dequantising is the matmul's business."""
+"""Weights that stay FP8: e4m3 values with a scale per block, as Qwen's FP8 checkpoints store them; dequantising is the matmul's job."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from hga_jax.pytree import register
 
-@jax.tree_util.register_dataclass
+
+@register
 @dataclass(frozen=True)
 class BlockScaled:
     """A weight [..., out, in] as values (float8_e4m3fn) times scales, one per block (those at the edges may be partial)."""
@@ -28,6 +30,8 @@ class BlockScaled:
 
 
 Weight = Array | BlockScaled
+# Leaves of an abstract decoder are shapes, or BlockScaled of shapes.
+AbstractWeight = Weight | jax.ShapeDtypeStruct
 
 
 def dequantize(weight: Weight, dtype) -> Array:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from hga_jax.config import LinearScaling, Llama3Scaling, RopeConfig, YarnScaling
+from hga_jax.config import LinearScaling, Llama3Scaling, ModelConfig, RopeConfig, YarnScaling
 
 
 def frequencies(rope: RopeConfig, head_dim: int) -> Float[np.ndarray, " half"]:
@@ -53,3 +54,41 @@ def rotate(x: Float[Array, "*B T N H"], positions: Int[Array, " T"], rope: RopeC
     cos, sin = (jnp.cos(angle) * factor)[:, None, :], (jnp.sin(angle) * factor)[:, None, :]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def resolve_rope(config: ModelConfig, tokens: int, request: str) -> tuple[RopeConfig, str]:
+    """Rotary settings for a run of `tokens` tokens, and a word for the report. Raises ValueError."""
+    native, rope = config.native_context, config.rope
+    if request.startswith("as-is:"):
+        return rope, request.removeprefix("as-is:")
+    if request == "none":
+        if tokens > native:
+            raise ValueError(
+                f"{tokens} tokens (prompt and answer) exceed the model's native context of {native}: "
+                "use --rope-scaling auto or yarn:F, or shorten the prompt"
+            )
+        return rope, "none"
+    if request == "auto":
+        if tokens <= native:
+            return rope, "none"
+        factor = math.ceil(tokens / native * 4) / 4  # steps of a quarter, so that few lengths need a program of their own
+    elif request.startswith("yarn:"):
+        try:
+            factor = float(request.removeprefix("yarn:"))
+        except ValueError:
+            factor = 0.0
+        if not factor >= 1:
+            raise ValueError(f"--rope-scaling {request}: the factor must be a number of at least 1, as in yarn:4")
+    else:
+        raise ValueError(f"--rope-scaling {request} is not known: choose auto, none or yarn:F")
+    original = native
+    if isinstance(rope.scaling, YarnScaling):
+        original = rope.scaling.original_context
+        factor = factor * native / original if request == "auto" else factor
+    elif rope.scaling is not None:
+        raise ValueError(
+            f"the checkpoint already scales its rope ({type(rope.scaling).__name__}), so YaRN cannot go on top: "
+            f"keep prompt and answer within {native} tokens"
+        )
+    note = f"YaRN, factor {factor:g}: {tokens} tokens against a native context of {native}"
+    return replace(rope, scaling=YarnScaling(factor, original)), note

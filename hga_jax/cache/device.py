@@ -9,13 +9,15 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from hga_jax.pytree import register
+
 
 def page_count(capacity: int, group_size: int) -> int:
     """Pages that hold `capacity` tokens."""
     return -(-capacity // group_size)
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclass(frozen=True)
 class DeviceHistory:
     """K/V of every token so far. pages[k, p, 0] are the keys of kv head k, tokens p*g .. p*g+g-1; pages[k, p, 1] their values.
@@ -31,6 +33,22 @@ class DeviceHistory:
         """Room for `capacity` tokens, rounded up to whole pages."""
         shape = (kv_heads, page_count(capacity, group_size), 2, group_size, head_dim)
         return DeviceHistory(jnp.zeros(shape, dtype), jnp.int32(0))
+
+    @staticmethod
+    def holding(key: Float[Array, "S K H"], value: Float[Array, "S K H"], group_size: int, capacity: int) -> DeviceHistory:
+        """A history of the tokens given, with room for `capacity` (whole pages, at least S)."""
+        tokens, kv_heads, head_dim = key.shape
+        rows = jnp.pad(jnp.stack([key, value.astype(key.dtype)]), ((0, 0), (0, capacity - tokens), (0, 0), (0, 0)))
+        pages = rows.reshape(2, capacity // group_size, group_size, kv_heads, head_dim).transpose(3, 1, 0, 2, 4)
+        return DeviceHistory(pages, jnp.int32(tokens))
+
+    @property
+    def kv_heads(self) -> int:
+        return self.pages.shape[0]
+
+    @property
+    def head_dim(self) -> int:
+        return self.pages.shape[4]
 
     @property
     def group_size(self) -> int:
@@ -65,7 +83,7 @@ class DeviceHistory:
         flat = (part.shape[0], pages * self.group_size, part.shape[-1])
         return keys.reshape(flat), values.reshape(flat)
 
-    def take(self, page_ids: Int[Array, "K n"]) -> tuple[Float[Array, "K n*g H"], Float[Array, "K n*g H"]]:
+    def take(self, page_ids: Int[Array, "K n"]) -> tuple[Float[Array, "K S H"], Float[Array, "K S H"]]:
         """Keys and values of the named pages of each kv head, in that order."""
         part = jax.vmap(lambda pages, ids: pages[ids])(self.pages, page_ids)  # [K, n, 2, g, H]
         flat = (part.shape[0], part.shape[1] * self.group_size, part.shape[-1])

@@ -1,0 +1,209 @@
+"""The two kinds of foreign checkpoints behind one face: what tensors there are, and filling an array of ours from them."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import ml_dtypes
+import numpy as np
+
+from convert.gguf_config import config_from_gguf
+from convert.gguf_files import GGUFFile, rotary_order
+from convert.mapping import HARMLESS_GGUF, HARMLESS_HF, Part, gguf_parts, hf_parts, row_of
+from convert.safetensors_files import NAMES, SafetensorsDirectory
+from hga_jax.config import ModelConfig
+
+FLOATS = tuple(np.dtype(d) for d in (ml_dtypes.bfloat16, np.float16, np.float32))
+FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
+PIECE = 4 << 20  # bytes read at a time where the dtype changes on the way: the piece stays in the cache
+
+
+class Found(NamedTuple):
+    """What a checkpoint says of a tensor. kind: "float" (bf16, f16, f32 or a ggml type that becomes numbers), "fp8" or "other"."""
+
+    shape: tuple[int, ...]
+    label: str
+    kind: str
+    file: Path
+    offset: int
+    nbytes: int
+
+
+@runtime_checkable
+class Source(Protocol):
+    """A checkpoint of another format."""
+
+    path: Path
+    config: ModelConfig
+    dtype: np.dtype
+    raw: dict[str, Any]
+    tensors: dict[str, Found]
+
+    def parts(self, key: str) -> tuple[Part, ...]:
+        """The tensors that make up our array `key`."""
+
+    def is_harmless(self, name: str) -> bool:
+        """Whether a tensor that no array of ours needs is known and may be left out."""
+
+    def read(self, key: str, part: Part, out: np.ndarray) -> None:
+        """Fill `out`, our array or (of a stack over experts) its row, converting to its dtype. Safe to call from several threads."""
+
+    def prefetch(self, names: list[str]) -> None:
+        """Tell the system that these tensors are wanted soon."""
+
+    def close(self) -> None: ...
+
+
+class _Files:
+    """Open files by path, and reads at an offset; short reads are errors, not garbage."""
+
+    def __init__(self):
+        self._open: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    def _descriptor(self, file: Path) -> int:
+        with self._lock:
+            if file not in self._open:
+                self._open[file] = os.open(file, os.O_RDONLY)
+            return self._open[file]
+
+    def read(self, file: Path, offset: int, out: np.ndarray) -> None:
+        """Fill a contiguous uint8 array."""
+        descriptor, view = self._descriptor(file), memoryview(out)
+        while len(view):
+            count = os.preadv(descriptor, [view], offset)
+            if not count:
+                raise ValueError(f"{file}: ends at byte {offset} although it was longer when it was opened")
+            view, offset = view[count:], offset + count
+
+    def prefetch(self, spans: list[tuple[Path, int, int]]) -> None:
+        if not hasattr(os, "posix_fadvise"):
+            return
+        for file, offset, length in merge_spans(spans):
+            os.posix_fadvise(self._descriptor(file), offset, length, os.POSIX_FADV_WILLNEED)
+
+    def close(self) -> None:
+        with self._lock:
+            for descriptor in self._open.values():
+                os.close(descriptor)
+            self._open.clear()
+
+
+def merge_spans(spans: list[tuple[Path, int, int]]) -> list[tuple[Path, int, int]]:
+    """(file, offset, length) in file order, neighbours joined."""
+    merged: list[tuple[Path, int, int]] = []
+    for file, offset, length in sorted(spans):
+        if merged and merged[-1][0] == file and offset <= merged[-1][1] + merged[-1][2]:
+            start = merged[-1][1]
+            merged[-1] = (file, start, max(merged[-1][2], offset + length - start))
+        else:
+            merged.append((file, offset, length))
+    return merged
+
+
+class HuggingFaceSource:
+    """config.json and safetensors in a directory. Raises ValueError when either cannot be read or the model is not supported."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.raw, self.config = read_hf_config(path)
+        self._tensors = SafetensorsDirectory(path).tensors
+        self._files = _Files()
+        kinds = {FP8: "fp8", **dict.fromkeys(FLOATS, "float")}
+        self.tensors = {
+            name: Found(info.shape, NAMES[info.dtype], kinds.get(info.dtype, "other"), info.file, info.offset, info.nbytes)
+            for name, info in self._tensors.items()
+        }
+        embedding = self._tensors.get("model.embed_tokens.weight")
+        self.dtype = embedding.dtype if embedding is not None and embedding.dtype in FLOATS else FLOATS[0]
+
+    def parts(self, key: str) -> tuple[Part, ...]:
+        return hf_parts(key, self.config)
+
+    def is_harmless(self, name: str) -> bool:
+        return bool(HARMLESS_HF.search(name)) or (name == "lm_head.weight" and self.config.tie_embeddings)
+
+    def read(self, key: str, part: Part, out: np.ndarray) -> None:
+        info = self._tensors[part.name]
+        flat = out.reshape(-1)
+        if info.dtype == out.dtype:
+            self._files.read(info.file, info.offset, flat.view(np.uint8))
+            return
+        step = PIECE // info.dtype.itemsize
+        piece = np.empty(min(step, flat.size), info.dtype)
+        for start in range(0, flat.size, step):
+            some = piece[: min(step, flat.size - start)]
+            self._files.read(info.file, info.offset + start * info.dtype.itemsize, some.view(np.uint8))
+            flat[start : start + some.size] = some
+
+    def prefetch(self, names: list[str]) -> None:
+        self._files.prefetch([(found.file, found.offset, found.nbytes) for found in map(self.tensors.__getitem__, names)])
+
+    def close(self) -> None:
+        self._files.close()
+
+
+class GGUFSource:
+    """One GGUF file. Raises ValueError when it cannot be read or the model is not supported."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._file = GGUFFile(path)
+        self._advice = _Files()
+        self.raw: dict[str, Any] = {k: v for k, v in self._file.metadata.items() if not isinstance(v, list)}
+        factors = None
+        if "rope_freqs.weight" in self._file.tensors:
+            factors = np.zeros(self._file.tensors["rope_freqs.weight"].shape, np.float32)
+            self._file.read("rope_freqs.weight", factors)
+        try:
+            self.config = config_from_gguf(self._file.metadata, self._file.tensors, factors)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        usable = {kind: self._file.can_dequantize(name) for name, kind in {n: t.kind for n, t in self._file.tensors.items()}.items()}
+        self.tensors = {
+            name: Found(info.shape, info.kind.name, "float" if usable[info.kind] else "other", path, info.offset, info.nbytes)
+            for name, info in self._file.tensors.items()
+        }
+        label = self.tensors["token_embd.weight"].label if "token_embd.weight" in self.tensors else ""
+        self.dtype = {"F32": FLOATS[2], "F16": FLOATS[1]}.get(label, FLOATS[0])
+
+    def parts(self, key: str) -> tuple[Part, ...]:
+        return gguf_parts(key)
+
+    def is_harmless(self, name: str) -> bool:
+        return bool(HARMLESS_GGUF.search(name))
+
+    def read(self, key: str, part: Part, out: np.ndarray) -> None:
+        row, _ = row_of(key)
+        order = None
+        if row.transform == "rotary" and self.config.model_type == "llama":
+            heads = self.config.heads if row.path.startswith("layers.{i}.attention.q") else self.config.kv_heads
+            order = rotary_order(out.shape[0], heads)
+        self._file.read(part.name, out, order)
+
+    def prefetch(self, names: list[str]) -> None:
+        self._advice.prefetch([(found.file, found.offset, found.nbytes) for found in map(self.tensors.__getitem__, names)])
+
+    def close(self) -> None:
+        self._advice.close()
+
+
+def read_hf_config(path: Path) -> tuple[dict[str, Any], ModelConfig]:
+    """A directory's config.json, raw and parsed. Raises ValueError naming the file."""
+    file = path / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{path}: has no config.json: a Hugging Face checkpoint directory, a converted one or a GGUF file is expected")
+    try:
+        raw = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file}: is not valid JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{file}: must hold a JSON object, not {type(raw).__name__}")
+    try:
+        return raw, ModelConfig.from_hf(raw)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error

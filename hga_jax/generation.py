@@ -1,0 +1,172 @@
+"""One run of generate: prefill, decode in dispatches that keep the text flowing, stop rules, and the figures of the report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hga_jax import programs
+from hga_jax.attention import HGAAttention
+from hga_jax.backend import AttentionBackend, DenseAttention, Stats
+from hga_jax.sampling import Sampling
+from hga_jax.text.streaming import TextStream
+
+if TYPE_CHECKING:
+    from hga_jax.language_model import LanguageModel
+
+DISPATCH_SECONDS = 0.1  # a decode dispatch makes about as many tokens as this allows, so that text keeps flowing
+DISPATCH_ROOM = 32
+
+
+@dataclass(frozen=True)
+class GenerateResult:
+    """What a generation made and what it cost. Field names are those of the command's JSON."""
+
+    model: str
+    attention: str
+    prompt_tokens: int
+    new_tokens: int
+    text: str
+    tokens: list[int]
+    stopped_by: str
+    prefill_seconds: float
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float | None
+    attended_fraction: float
+    fetched_fraction: float
+    decode_attended_fraction: float | None
+    decode_fetched_fraction: float | None
+    bank_hit_rate: float | None
+    history_tier: str
+    history_bytes: int
+    device_peak_bytes: int
+    host_history_bytes: int
+    disk_history_bytes: int
+    rope_scaling: str
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Generation:
+    """One run of generate: the states, the clock and the counters."""
+
+    def __init__(
+        self, model: LanguageModel, backend: AttentionBackend, ids: np.ndarray, ctx: int, sampling: Sampling, seed: int, stop: Sequence[str]
+    ):
+        self.model, self.backend, self.ids, self.ctx, self.sampling = model, backend, ids, ctx, sampling
+        self.key = jax.random.key(seed)
+        self.stop_ids = sorted({*model.config.eos_token_ids, *(model.tokenizer.eos_ids if model.tokenizer else ())})
+        self.stream = TextStream(model.tokenizer, stop=stop, skip_special=True) if model.tokenizer else None
+        if stop and self.stream is None:
+            raise ValueError("stop strings need a tokenizer: this model has none")
+
+    def run(
+        self, max_new_tokens: int, tier: str, scaling_note: str, on_text: Callable | None, on_prefill: Callable | None
+    ) -> GenerateResult:
+        model, decoder = self.model, self.model.params
+        states = programs.new_states(decoder, self.backend, self.ctx, model.dtype)
+        history_bytes = sum(
+            x.nbytes for path, x in jax.tree_util.tree_leaves_with_path(states) if any(getattr(p, "name", "") == "pages" for p in path)
+        )
+        begin = time.perf_counter()
+        first, states, prefill_stats = self._prefill(states, on_prefill)
+        prefill_seconds = time.perf_counter() - begin
+
+        budget = min(max_new_tokens, self.ctx - len(self.ids))
+        made, text, decode_stats = [], [], Stats.zero()
+        stopped_by, decode_seconds, decoded = "length", 0.0, 0
+        pieces = self._decode(first, states, budget)
+        for tokens, stats, seconds in pieces:
+            decode_stats, decode_seconds = decode_stats + stats, decode_seconds + seconds
+            decoded += len(tokens) if seconds else 0
+            ended = tokens[-1] in self.stop_ids
+            made += tokens
+            if self.stream is not None:
+                piece = self.stream.feed(tokens[:-1] if ended else tokens)
+                if piece and on_text is not None:
+                    on_text(piece)
+                text.append(piece)
+                if self.stream.stopped:
+                    stopped_by = "stop string"
+                    break
+            if ended:
+                stopped_by = "end token"
+                break
+        pieces.close()
+        if self.stream is not None and not self.stream.stopped:
+            piece = self.stream.flush()
+            if piece and on_text is not None:
+                on_text(piece)
+            text.append(piece)
+        attended, fetched = fractions(prefill_stats)
+        decode_attended, decode_fetched = fractions(decode_stats)
+        return GenerateResult(
+            model=model.name, attention=describe_attention(self.backend), prompt_tokens=len(self.ids), new_tokens=len(made),
+            text="".join(text), tokens=made, stopped_by=stopped_by, prefill_seconds=prefill_seconds,
+            prefill_tokens_per_second=len(self.ids) / prefill_seconds,
+            decode_tokens_per_second=decoded / decode_seconds if decode_seconds else None,
+            attended_fraction=attended or 0.0, fetched_fraction=fetched or 0.0,
+            decode_attended_fraction=decode_attended, decode_fetched_fraction=decode_fetched,
+            bank_hit_rate=None, history_tier=tier, history_bytes=history_bytes, device_peak_bytes=peak_bytes(),
+            host_history_bytes=history_bytes if tier == "host" else 0, disk_history_bytes=0, rope_scaling=scaling_note,
+        )  # fmt: skip
+
+    def _prefill(self, states: tuple, on_prefill: Callable | None) -> tuple[int, tuple, Stats]:
+        total = len(self.ids)
+        report = None if on_prefill is None else lambda done: on_prefill(done, total)
+        stats = Stats.zero()
+        blocks = programs.prefill_blocks(self.model.params, self.ids, states, self.backend, on_layer=report)
+        for block in blocks:
+            stats = stats + block.stats
+        logits = programs.row_logits(self.model.params, block.x, jnp.int32(block.count - 1))
+        token = int(programs.first_token(logits, self.sampling, self.key, jnp.int32(total - 1)))
+        return token, block.states, stats
+
+    def _decode(self, token: int, states: tuple, budget: int) -> Iterator[tuple[list[int], Stats, float]]:
+        """Yields (new tokens, stats, seconds). The first piece is the token that prefill gave."""
+        yield [token], Stats.zero(), 0.0
+        position, made, step = len(self.ids), 1, 1
+        stop_ids = jnp.asarray(self.stop_ids or [-1], jnp.int32)
+        warm = False
+        while made < budget and token not in self.stop_ids:
+            begin = time.perf_counter()
+            out, count, states, stats = programs.decode_tokens(
+                self.model.params, jnp.int32(token), jnp.int32(position), states, jnp.int32(min(step, budget - made)), stop_ids,
+                self.sampling, self.key, backend=self.backend, room=DISPATCH_ROOM,
+            )  # fmt: skip
+            tokens = np.asarray(out)[: int(count)].tolist()
+            seconds = time.perf_counter() - begin
+            token, position, made = tokens[-1], position + len(tokens), made + len(tokens)
+            yield tokens, stats, seconds if warm else 0.0  # the first dispatch may compile: it is not what a token costs
+            if warm:
+                step = min(DISPATCH_ROOM, max(1, int(DISPATCH_SECONDS * len(tokens) / seconds)))
+            warm = True
+
+
+def fractions(stats: Stats) -> tuple[float | None, float | None]:
+    """(attended, fetched) fractions of accumulated stats; None where nothing was counted."""
+    queries, blocks = float(stats.queries), float(stats.blocks)
+    return (float(stats.attended) / queries if queries else None), (float(stats.fetched) / blocks if blocks else None)
+
+
+def describe_attention(backend: AttentionBackend) -> str:
+    if isinstance(backend, HGAAttention):
+        return f"hga/{backend.config.policy}"
+    return "dense" if isinstance(backend, DenseAttention) else type(backend).__name__
+
+
+def peak_bytes() -> int:
+    """Peak bytes in use on the first device: the allocator's figure, or the process's peak resident set on a CPU."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return int(stats["peak_bytes_in_use"])
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

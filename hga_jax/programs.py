@@ -1,0 +1,172 @@
+"""The compiled programs: one layer over a super-block (prefill), all layers over n tokens (decode). Buffers are donated only here.
+
+Prefill is layer-major: a whole super-block of the prompt runs through layer l before layer l+1, so that one compiled layer serves all
+layers, one layer's K/V is at hand while it is needed, and each page moves once. Nothing recompiles when a length changes: lengths are
+data, and arrays come in a few sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int, Key
+
+from hga_jax.backend import AttentionBackend, Stats
+from hga_jax.model import Decoder, DecoderLayer
+from hga_jax.sampling import Sampling, sample
+
+SUPER_BLOCK = 65536  # tokens that run through a layer before the next layer starts
+SEGMENT = 1024  # tokens whose projections and MLP are computed at a time: bounds activations
+
+
+@dataclass(frozen=True)
+class SuperBlock:
+    """What prefill made of one super-block: activations after the last layer, of which the first `count` rows are tokens."""
+
+    x: Float[Array, "S D"]
+    count: int
+    states: tuple[Any, ...]
+    stats: Stats
+
+
+def new_states(decoder: Decoder, backend: AttentionBackend, capacity: int, dtype: Any) -> tuple[Any, ...]:
+    """An empty K/V state for each layer."""
+    config = decoder.config
+    return tuple(backend.init_state(capacity, config.kv_heads, config.head_dim, dtype) for _ in range(config.layers))
+
+
+@partial(jax.jit, static_argnames=("backend", "segment"), donate_argnames=("x", "state"))
+def prefill_layer(
+    layer: DecoderLayer,
+    x: Float[Array, "S D"],
+    first: Int[Array, ""],
+    count: Int[Array, ""],
+    state: Any,
+    stats: Stats,
+    *,
+    backend: AttentionBackend,
+    segment: int,
+) -> tuple[Float[Array, "S D"], Any, Stats]:
+    """Run the first `count` rows of x, tokens at positions first, first+1, ..., through one layer. S is a multiple of `segment`."""
+
+    def step(i: Array, carry: tuple[Array, Any, Stats]) -> tuple[Array, Any, Stats]:
+        x, state, stats = carry
+        begin = i * segment
+        rows = lax.dynamic_slice_in_dim(x, begin, segment)
+        out, state, more = layer.prefill(rows, first + begin, jnp.minimum(count - begin, segment), state, backend)
+        return lax.dynamic_update_slice_in_dim(x, out, begin, 0), state, stats + more
+
+    return lax.fori_loop(0, -(-count // segment), step, (x, state, stats))
+
+
+@jax.jit
+def _embed(decoder: Decoder, tokens: Int[Array, " S"]) -> Float[Array, "S D"]:
+    return decoder.embed(tokens)
+
+
+@jax.jit
+def row_logits(decoder: Decoder, x: Float[Array, "S D"], row: Int[Array, ""]) -> Float[Array, " V"]:
+    """Float32 logits after one row."""
+    return decoder.head(lax.dynamic_index_in_dim(x, row, keepdims=False))
+
+
+def padded_size(tokens: int, segment: int, limit: int) -> int:
+    """The few array sizes that super-blocks come in: `segment` times a power of two, at most `limit`."""
+    size = segment
+    while size < min(tokens, limit):
+        size *= 2
+    return size
+
+
+def prefill_blocks(
+    decoder: Decoder,
+    tokens: Int[np.ndarray, " T"],
+    states: tuple[Any, ...],
+    backend: AttentionBackend,
+    *,
+    first: int = 0,
+    segment: int = SEGMENT,
+    super_block: int = SUPER_BLOCK,
+    on_layer: Callable[[float], None] | None = None,
+) -> Iterator[SuperBlock]:
+    """Run tokens (positions first, first+1, ...) through all layers, super-block by super-block.
+
+    The states passed in are consumed; those of the last block yielded replace them. `on_layer` hears, after every layer, how many tokens'
+    worth of work is done.
+    """
+    for begin in range(0, len(tokens), super_block):
+        part = np.asarray(tokens[begin : begin + super_block], np.int32)
+        size = padded_size(len(part), segment, super_block)
+        x = _embed(decoder, jnp.asarray(np.pad(part, (0, size - len(part)))))
+        stats, done = Stats.zero(), []
+        for index, (layer, state) in enumerate(zip(decoder.layers, states, strict=True)):
+            position, count = jnp.int32(first + begin), jnp.int32(len(part))
+            x, state, stats = prefill_layer(layer, x, position, count, state, stats, backend=backend, segment=segment)
+            done.append(state)
+            if on_layer is not None:
+                x.block_until_ready()
+                on_layer(begin + len(part) * (index + 1) / len(states))
+        states = tuple(done)
+        yield SuperBlock(x, len(part), states, stats)
+
+
+def decode_step(
+    decoder: Decoder, token: Int[Array, ""], position: Int[Array, ""], states: tuple[Any, ...], backend: AttentionBackend
+) -> tuple[Float[Array, " V"], tuple[Any, ...], Stats]:
+    """Feed one token: float32 logits after it."""
+    x, stats, done = decoder.embed(token[None])[0], Stats.zero(), []
+    for layer, state in zip(decoder.layers, states, strict=True):
+        x, state, more = _decode_layer(layer, x, position, state, backend=backend)
+        stats = stats + more
+        done.append(state)
+    return decoder.head(x), tuple(done), stats
+
+
+@partial(jax.jit, static_argnames="backend")  # jitted so that it is traced once, not once a layer
+def _decode_layer(layer: DecoderLayer, x: Array, position: Array, state: Any, *, backend: AttentionBackend) -> tuple[Array, Any, Stats]:
+    return layer.decode(x, position, state, backend)
+
+
+@partial(jax.jit, static_argnames=("backend", "room"), donate_argnames=("states",))
+def decode_tokens(
+    decoder: Decoder,
+    token: Int[Array, ""],
+    position: Int[Array, ""],
+    states: tuple[Any, ...],
+    wanted: Int[Array, ""],
+    stop_ids: Int[Array, " stops"],
+    sampling: Sampling,
+    key: Key[Array, ""],
+    *,
+    backend: AttentionBackend,
+    room: int,
+) -> tuple[Int[Array, " room"], Int[Array, ""], tuple[Any, ...], Stats]:
+    """Feed `token` and draw up to `wanted` <= room new tokens, stopping after one of `stop_ids`. No host round trip in between.
+
+    Returns the new tokens (the first `made` count), made, states and stats. The last new token has not been fed yet. Draws depend on the
+    key and the position alone, so the text does not depend on how many tokens a dispatch makes.
+    """
+
+    def more(carry: tuple) -> Array:
+        _, last, made, _, _ = carry
+        return (made < wanted) & ~((made > 0) & jnp.isin(last, stop_ids))
+
+    def step(carry: tuple) -> tuple:
+        out, last, made, states, stats = carry
+        logits, states, add = decode_step(decoder, last, position + made, states, backend)
+        last = sample(logits, sampling, jax.random.fold_in(key, position + made))
+        return out.at[made].set(last), last, made + 1, states, stats + add
+
+    start = (jnp.zeros(room, jnp.int32), token, jnp.int32(0), states, Stats.zero())
+    out, _, made, states, stats = lax.while_loop(more, step, start)
+    return out, made, states, stats
+
+
+first_token = jax.jit(lambda logits, sampling, key, position: sample(logits, sampling, jax.random.fold_in(key, position)))

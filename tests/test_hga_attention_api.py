@@ -1,0 +1,138 @@
+"""hga_attention as a function: shapes, jit, vmap, statistics, what wrong arguments get."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hga_jax.attention import HGAAttention, hga_attention
+from hga_jax.backend import DenseAttention
+from hga_jax.config import HGAConfig, RopeConfig
+
+ROPE = RopeConfig(10000.0)
+CONFIG = HGAConfig(chunk_size=16, group_size=4, sink_chunks=1, local_chunks=1, policy="paper", top_chunks=2, top_groups=6)
+
+
+def tensors(batch=2, tokens=100, heads=4, kv_heads=2, head_dim=16, seed=0):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    shapes = ((batch, tokens, heads, head_dim), (batch, tokens, kv_heads, head_dim), (batch, tokens, kv_heads, head_dim))
+    return tuple(jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
+
+
+def test_windows_over_everything_equal_dense_causal_attention():
+    q, k, v = tensors(tokens=203)
+    expected = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+    for windows in ({"local_chunks": 20}, {"sink_chunks": 20}, {"sink_chunks": 6, "local_chunks": 6}):
+        out, stats = hga_attention(q, k, v, config=replace(CONFIG, **windows), rope=ROPE, return_stats=True)
+        np.testing.assert_allclose(out, expected, atol=1e-5)
+        np.testing.assert_array_equal(stats.visible_keys, np.broadcast_to(np.arange(1, 204)[None, :, None], (2, 203, 4)))
+        assert stats.totals.attended == pytest.approx(np.full(2, 203.0))
+
+
+def test_budgets_over_everything_equal_dense_causal_attention():
+    q, k, v = tensors(tokens=203)
+    config = replace(CONFIG, top_chunks=20, top_groups=200)
+    out = hga_attention(q, k, v, config=config, rope=ROPE)
+    np.testing.assert_allclose(out, jax.nn.dot_product_attention(q, k, v, is_causal=True), atol=1e-5)
+
+
+def test_batch_jit_and_vmap_agree():
+    q, k, v = tensors()
+
+    def run(q, k, v):
+        return hga_attention(q, k, v, config=CONFIG, rope=ROPE)
+
+    expected = jnp.concatenate([run(q[i : i + 1], k[i : i + 1], v[i : i + 1]) for i in range(2)])
+    np.testing.assert_allclose(run(q, k, v), expected, atol=1e-6)
+    np.testing.assert_allclose(jax.jit(run)(q, k, v), expected, atol=1e-6)
+    np.testing.assert_allclose(jax.vmap(run)(q[:, None], k[:, None], v[:, None])[:, 0], expected, atol=1e-6)
+
+
+def test_a_traced_query_start_compiles_once():
+    q, k, v = tensors(tokens=100)
+    run = jax.jit(lambda q, k, v, start: hga_attention(q, k, v, config=CONFIG, rope=ROPE, query_start=start))
+    out = run(q[:, 60:], k, v, jnp.int32(60))
+    np.testing.assert_allclose(out, hga_attention(q[:, 60:], k, v, config=CONFIG, rope=ROPE, query_start=60), atol=1e-6)
+    run(q[:, 60:], k, v, jnp.int32(60))
+    assert run._cache_size() == 1
+
+
+def test_sequences_of_different_lengths_under_vmap():
+    q, k, v = tensors(tokens=96)
+    backend = HGAAttention(CONFIG, ROPE)
+    state = backend.init_state(100, 2, 16, jnp.float32)
+    counts = jnp.array([96, 41])
+    states = jax.tree.map(lambda x: jnp.stack([x, x]), state)
+    out, _, stats = jax.vmap(backend.prefill)(q, k, v, states, counts)
+    for i, count in enumerate(counts):
+        alone, _, expected = backend.prefill(q[i], k[i], v[i], state, count)
+        np.testing.assert_allclose(out[i], alone, atol=1e-6)
+        np.testing.assert_allclose(stats.attended[i], expected.attended, rtol=1e-6)
+
+
+def test_statistics_count_what_was_seen():
+    q, k, v = tensors(batch=1, tokens=200)
+    _, stats = hga_attention(q, k, v, config=CONFIG, rope=ROPE, return_stats=True)
+    totals, causal = stats.totals, np.arange(1, 201)
+    assert stats.visible_keys.dtype == jnp.int32
+    assert totals.queries[0] == 200
+    assert totals.blocks[0] == 13
+    np.testing.assert_allclose(totals.attended[0], (np.asarray(stats.visible_keys[0]).mean(-1) / causal).sum(), rtol=1e-5)
+    # Windows and own chunk bring 16 + 32 tokens, each query head at most 6 groups of 4 more.
+    assert 48 < totals.fetched_tokens[0] / 13 <= 48 + 2 * 24
+    assert 0 < totals.fetched[0] <= 13
+    assert totals.refused[0] == 0
+
+
+def test_one_head_fetches_what_it_sees():
+    """With one query head a block's fetched tokens are what its last query sees: nothing is ever dropped inside a chunk."""
+    q, k, v = tensors(batch=1, tokens=160, heads=1, kv_heads=1)
+    _, stats = hga_attention(q, k, v, config=CONFIG, rope=ROPE, return_stats=True)
+    ends = np.asarray(stats.visible_keys[0, 15::16, 0])
+    assert stats.totals.fetched_tokens[0] == ends.sum()
+    np.testing.assert_allclose(stats.totals.fetched[0], (ends / np.arange(16, 161, 16)).sum(), rtol=1e-6)
+
+
+def test_dense_backend_agrees_when_windows_cover_everything():
+    q, k, v = (x[0] for x in tensors(tokens=90))
+    outs = []
+    for backend in (DenseAttention(), HGAAttention(replace(CONFIG, local_chunks=9), ROPE)):
+        state = backend.init_state(96, 2, 16, jnp.float32)
+        prefill = jax.jit(backend.prefill)
+        first, state, _ = prefill(q[:50], k[:50], v[:50], state, jnp.int32(50))
+        second, state, stats = prefill(*(jnp.pad(x[50:89], ((0, 11), (0, 0), (0, 0))) for x in (q, k, v)), state, jnp.int32(39))
+        second = second[:39]
+        third, _, _ = jax.jit(backend.decode)(q[89], k[89], v[89], state)
+        outs.append(jnp.concatenate([first, second, third[None]]))
+        assert stats.attended == pytest.approx(39)
+    np.testing.assert_allclose(outs[0], outs[1], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": (2, 10, 3, 16)}, "query's 3 heads are not a multiple of key's 2 heads"),
+        ({"k": (2, 11, 2, 16), "v": (2, 11, 2, 16)}, "key holds 11 tokens, but query_start=0 \\+ 10 query tokens make 10"),
+        ({"k": (2, 10, 2, 32), "v": (2, 10, 2, 32)}, "query's head_dim 16 differs from key's 32"),
+        ({"v": (2, 10, 1, 16)}, "key.shape=\\(2, 10, 2, 16\\) and value.shape=\\(2, 10, 1, 16\\) differ"),
+        ({"k": (1, 10, 2, 16), "v": (1, 10, 2, 16)}, "query holds 2 sequences and key 1"),
+        ({"q": (2, 0, 4, 16)}, "at least one token is needed"),
+        ({"rope": None}, "summary='mixed_rope' needs rope=RopeConfig"),
+        ({"implementation": "triton"}, "implementation='triton': choose None or \"xla\""),
+    ],
+    ids=lambda x: str(x) if isinstance(x, dict) else "",
+)
+def test_wrong_arguments(change, message):
+    shapes = {"q": (2, 10, 4, 16), "k": (2, 10, 2, 16), "v": (2, 10, 2, 16)}
+    more = {"rope": ROPE, **{name: value for name, value in change.items() if name not in shapes}}
+    q, k, v = (jnp.ones(change.get(name, shape)) for name, shape in shapes.items())
+    with pytest.raises(ValueError, match=message):
+        jax.jit(lambda q, k, v: hga_attention(q, k, v, config=CONFIG, **more))(q, k, v)
+
+
+def test_pallas_is_refused_for_now():
+    q, k, v = tensors()
+    with pytest.raises(NotImplementedError, match="no kernels"):
+        hga_attention(q, k, v, config=CONFIG, rope=ROPE, implementation="pallas")
