@@ -15,8 +15,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float
 
-from pallas_kernels.fp8 import BLOCK, Conversion, to_float32
-from pallas_kernels.fp8_matvec.config import Config
+from pallas_kernels.fp8 import BLOCK, Conversion, conversion_for, to_float32
+from pallas_kernels.fp8_matvec.config import Config, measured
 from pallas_kernels.indexing import outer, span
 
 MAX_ROWS = 8
@@ -150,7 +150,7 @@ def matvec(
     """
     if reason := unsupported(x, values, scales):
         raise NotImplementedError(f"fp8_matvec: {reason}")
-    config = config or Config()
+    config = config or measured(x.shape[0], conversion_for())
     (tokens, inputs), outputs = x.shape, values.shape[0]
     out_dtype = out_dtype or x.dtype
     operands = (x, values) if scales is None else (x, values, scales)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from pallas_kernels.fp8 import Conversion
 from pallas_kernels.fp8_matvec.config import Config as Matvec
 
 
@@ -13,9 +14,17 @@ class Config:
     down: one program computes `rows` outputs of one token, summed over its experts, all loaded at once.
     """
 
-    gate_up: Matvec = field(default_factory=lambda: Matvec(rows=4, columns=2048, in_flight=1))
-    down: Matvec = field(default_factory=lambda: Matvec(rows=4, columns=512, in_flight=2))
+    gate_up: Matvec
+    down: Matvec
 
     def __post_init__(self) -> None:
         if self.gate_up.splits != 1 or self.down.splits != 1:
             raise ValueError("splits must be 1: the decode kernels do not divide the input dimension")
+
+
+def measured(conversion: Conversion = "cast") -> Config:
+    """Fastest of about 40 settings on an H100 at Qwen3-30B-A3B's shape."""
+    return Config(
+        gate_up=Matvec(rows=16, columns=512, in_flight=1, warps=4, conversion=conversion),
+        down=Matvec(rows=4, columns=128, warps=4, conversion=conversion),
+    )

@@ -17,11 +17,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.fp8 import BLOCK
+from pallas_kernels.fp8 import BLOCK, conversion_for
 from pallas_kernels.fp8_matvec.config import Config as Matvec
 from pallas_kernels.fp8_matvec.kernel import bad_weight, convert, pieces, row_dots
 from pallas_kernels.indexing import outer, span
-from pallas_kernels.moe_decode.config import Config
+from pallas_kernels.moe_decode.config import Config, measured
 
 MAX_TOKENS = 4
 
@@ -136,7 +136,7 @@ def expert_mlp(
     """
     if reason := unsupported(x, ids, values, scales):
         raise NotImplementedError(f"moe_decode: {reason}")
-    config = config or Config()
+    config = config or measured(conversion_for())
     tokens, width = x.shape
     choices, size = ids.shape[1], values[0].shape[1]
     pairs = ids.reshape(-1).astype(jnp.int32)

@@ -18,20 +18,22 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.fp8 import BLOCK, to_float32
+from pallas_kernels.fp8 import BLOCK, conversion_for, to_float16, to_float32
 from pallas_kernels.fp8_matvec.kernel import bad_weight
 from pallas_kernels.indexing import outer, span
-from pallas_kernels.moe_prefill.config import Config, Grouped
+from pallas_kernels.moe_prefill.config import Config, Grouped, measured
+
+
+ACTIVATION_SHIFT = 2.0**-6  # float16 activations: the largest is 65504 * 64 = 4.2e6, full precision down to 0.004
+WEIGHT_SHIFT = 2.0**6  # float16 dequantised weights: |weight| < 1023, full precision down to 1e-6 (trained ones lie around 0.01)
 
 
 def unsupported(x: Any, ids: Any, values: tuple[Any, Any, Any], scales: tuple[Any, Any, Any], config: Config | None = None) -> str | None:
     """Why the kernels cannot take these (arrays or shapes), or None. values, scales: those of gate, up and down."""
-    config = config or Config()
+    config = config or measured()
     pairs = min(x.shape[0], config.tokens_per_pass) * ids.shape[1]
     if values[0].dtype not in (jnp.float8_e4m3fn, jnp.bfloat16):
         return f"weights are {values[0].dtype}"
-    if config.activations == "float8" and (scales[0] is None or x.shape[1] % BLOCK or values[0].shape[1] % BLOCK):
-        return f"float8 activations need FP8 weights and sizes that are multiples of {BLOCK}"
     if pairs * max(x.shape[1], values[0].shape[1]) >= 2**31:
         return f"{pairs} token-expert pairs a pass exceed int32 offsets: lower tokens_per_pass"
     if values[0].shape[0] * pl.next_power_of_2(pairs) >= 2**32:
@@ -39,21 +41,26 @@ def unsupported(x: Any, ids: Any, values: tuple[Any, Any, Any], scales: tuple[An
     return next((reason for v, s in zip(values, scales, strict=True) if (reason := bad_weight(v, s))), None)
 
 
-def group_by_expert(
-    ids: Int[Array, "T k"], experts: int, rows: int
-) -> tuple[Int[Array, " pairs"], Int[Array, " tiles"], Int[Array, " tiles"], Int[Array, " tiles"]]:
-    """(order, tile_expert, tile_start, tile_rows): pairs sorted by expert, and tiles of at most `rows` of them, each of one expert.
+def sort_by_expert(ids: Int[Array, "T k"], experts: int) -> tuple[Int[Array, " pairs"], Int[Array, " edges"]]:
+    """(order, first): order[i] is the pair (token * k + choice) at sorted position i, first[e] where expert e's pairs begin (first[experts]: all).
 
-    order[i] is the pair (token * k + choice) at sorted position i; tile j covers positions tile_start[j] and on, tile_rows[j] of them (0: unused tile).
-    The number of tiles is the bound pairs / rows + min(experts, pairs). One sort of one 32-bit key: expert in the high bits, pair in the low ones.
+    One sort of one 32-bit key: expert in the high bits, pair in the low ones.
     """
-    pairs = ids.size
-    bits = max(pairs - 1, 1).bit_length()
-    key = (ids.reshape(-1).astype(jnp.uint32) << bits) | jnp.arange(pairs, dtype=jnp.uint32)
-    key = lax.sort(key)
-    order = (key & jnp.uint32(2**bits - 1)).astype(jnp.int32)
+    bits = max(ids.size - 1, 1).bit_length()
+    key = lax.sort((ids.reshape(-1).astype(jnp.uint32) << bits) | jnp.arange(ids.size, dtype=jnp.uint32))
     edge = jnp.arange(experts + 1, dtype=jnp.uint32) << bits
     first = jnp.searchsorted(key, edge, method="scan_unrolled").astype(jnp.int32)
+    return (key & jnp.uint32(2**bits - 1)).astype(jnp.int32), first
+
+
+def tiles(
+    first: Int[Array, " edges"], pairs: int, rows: int
+) -> tuple[Int[Array, " tiles"], Int[Array, " tiles"], Int[Array, " tiles"]]:
+    """(expert, start, live) of each tile: it covers sorted positions start and on, `live` of at most `rows` of them (0: an unused tile).
+
+    The number of tiles is the bound pairs / rows + min(experts, pairs): each expert wastes part of one.
+    """
+    experts = first.shape[0] - 1
     counts = first[1:] - first[:-1]
     tiles_of = -(-counts // rows)
     last = jnp.cumsum(tiles_of)
@@ -61,11 +68,12 @@ def group_by_expert(
     expert = jnp.minimum((last[None, :] <= tile[:, None]).sum(1, dtype=jnp.int32), experts - 1)
     inside = (tile - (last[expert] - tiles_of[expert])) * rows
     live = jnp.where(tile < last[-1], jnp.clip(counts[expert] - inside, 0, rows), 0)
-    return order, expert, jnp.where(live > 0, first[expert] + inside, 0), live
+    return expert, jnp.where(live > 0, first[expert] + inside, 0), live
 
 
 def _multiply(
-    xs: tuple[Any, Any, Any],
+    x_ref: Any,
+    row_index: Any,
     weights: list[tuple[Any, Any]],
     expert: Any,
     column: Any,
@@ -76,13 +84,11 @@ def _multiply(
 ) -> list[Float[Array, "..."]]:
     """Inside a kernel: x[rows] @ weight[expert, columns].T for each weight, float32 [rows, columns].
 
-    xs: (x ref [tokens, in], x scales ref [tokens, in_blocks] or None, row indices). weights: (values ref [E, out, in], scales ref or None).
+    x_ref [tokens, in], read at row_index [rows]. weights: (values ref [E, out, in], scales ref or None).
     """
-    x_ref, x_scales_ref, row_index = xs
     out_index = span(column, config.columns)
     depth = config.depth
     partial_columns, partial_depth = outputs % config.columns != 0, inputs % depth != 0
-    low_precision = x_scales_ref is not None
 
     def scale_of(step: Any) -> list[Any]:
         block = step * depth // BLOCK
@@ -99,22 +105,23 @@ def _multiply(
             x = jnp.where(x_mask, x, jnp.zeros_like(x))
         tiles = [plt.load(v.at[outer(expert, out_index, inner)], mask=mask) for v, _ in weights]
         following = scale_of(step + 1)  # a step ahead: a scalar load would otherwise hold up every step
-        if low_precision:
-            x_scale = plt.load(x_scales_ref.at[outer(row_index, step)])
         out = []
         for tile, scale, total in zip(tiles, scales, sums, strict=True):
-            if not low_precision:
-                wide = tile if tile.dtype == x.dtype and mask is None else to_float32(tile, config.conversion)
-                if scale is not None and config.scaling == "weights":
+            if scale is None:
+                wide = tile
+            elif x.dtype == jnp.float16:
+                wide = to_float16(tile, config.conversion)
+                if config.scaling == "weights":
+                    wide = wide * (scale * WEIGHT_SHIFT).astype(jnp.float16)
+            else:
+                wide = to_float32(tile, config.conversion)
+                if config.scaling == "weights":
                     wide = wide * scale
-                if mask is not None:
-                    wide = jnp.where(mask, wide, 0.0)  # masked lanes hold anything, NaN included
-                tile = wide.astype(x.dtype)
+            if mask is not None:
+                wide = jnp.where(mask, wide, jnp.zeros_like(wide))  # masked lanes hold anything, NaN included
+            tile = wide.astype(x.dtype)
             part = _dot(tile, x) if config.weights_first else _dot(x, tile)
-            if low_precision:
-                factor = x_scale * scale
-                part = part * (factor[None, :] if config.weights_first else factor[:, None])
-            elif scale is not None and config.scaling == "partial":
+            if scale is not None and config.scaling == "partial":
                 part = part * scale
             out.append(total + part)
         return tuple(out), tuple(following)
@@ -122,7 +129,17 @@ def _multiply(
     shape = (config.columns, config.rows) if config.weights_first else (config.rows, config.columns)
     start = (tuple(jnp.zeros(shape, jnp.float32) for _ in weights), tuple(scale_of(0)))
     sums, _ = lax.fori_loop(0, -(-inputs // depth), body, start)
-    return list(sums)
+    shift = 1.0
+    if x_ref.dtype == jnp.float16:
+        shift = 1 / ACTIVATION_SHIFT / (WEIGHT_SHIFT if config.scaling == "weights" else 1)
+    return [total * shift for total in sums] if shift != 1 else list(sums)
+
+
+def _operand(x: Float[Array, "*T in"], dtype: Any) -> Float[Array, "*T in"]:
+    """Activations as the tensor cores take them: bfloat16, or float16 moved into its range (both shifts are powers of two, hence exact)."""
+    if dtype != jnp.float16:
+        return x.astype(dtype)
+    return jnp.clip(x.astype(jnp.float32) * ACTIVATION_SHIFT, -65504.0, 65504.0).astype(jnp.float16)
 
 
 def _dot(a: Float[Array, "m k"], b: Float[Array, "n k"]) -> Float[Array, "m n"]:
@@ -130,7 +147,7 @@ def _dot(a: Float[Array, "m k"], b: Float[Array, "n k"]) -> Float[Array, "m n"]:
 
 
 def _store(ref: Any, rows: Any, columns: Any, live: Any, value: Array, *, outputs: int, weights_first: bool) -> None:
-    value = (value.T if weights_first else value).astype(ref.dtype)
+    value = _operand(value.T if weights_first else value, ref.dtype)
     rows = jnp.where(live, rows, ref.shape[0])  # nowhere: the interpreter would let a masked row undo the row it repeats
     plt.store(ref.at[outer(rows, columns)], value, mask=live[:, None] & (columns < outputs)[None, :])
 
@@ -143,14 +160,13 @@ def _gate_up_kernel(
     x_ref,  # [T, D] device
     gate_ref,  # [E, F, D] device
     up_ref,  # [E, F, D] device
-    *refs,  # gate and up scales [E, F_blocks, D_blocks], x scales [T, D_blocks] (each if it exists), then hidden [pairs, F], all device
+    *refs,  # gate and up scales [E, F_blocks, D_blocks] device (FP8 only), then hidden [pairs, F] device
     config: Grouped,
     choices: int,
     size: int,
     width: int,
 ):
-    *scales, hidden_ref = refs
-    gate_scales_ref, up_scales_ref, x_scales_ref = (*scales, None, None, None)[:3]
+    gate_scales_ref, up_scales_ref, hidden_ref = refs if len(refs) == 3 else (None, None, refs[0])
     column, tile = pl.program_id(0) * config.columns, pl.program_id(1)
     rows = live_ref[tile]
 
@@ -162,7 +178,8 @@ def _gate_up_kernel(
         position = start + jnp.minimum(inside, rows - 1)
         token = plt.load(order_ref.at[position]) // choices
         gate, up = _multiply(
-            (x_ref, x_scales_ref, token),
+            x_ref,
+            token,
             [(gate_ref, gate_scales_ref), (up_ref, up_scales_ref)],
             expert_ref[tile],
             column,
@@ -182,13 +199,12 @@ def _down_kernel(
     weights_ref,  # f32[pairs] device
     hidden_ref,  # [pairs, F] device
     down_ref,  # [E, D, F] device
-    *refs,  # down scales [E, D_blocks, F_blocks], hidden scales [pairs, F_blocks] (each if it exists), then out [pairs, D], all device
+    *refs,  # down scales [E, D_blocks, F_blocks] device (FP8 only), then out [pairs, D] device
     config: Grouped,
     size: int,
     width: int,
 ):
-    *scales, out_ref = refs
-    down_scales_ref, hidden_scales_ref = (*scales, None, None)[:2]
+    down_scales_ref, out_ref = refs if len(refs) == 2 else (None, refs[0])
     column, tile = pl.program_id(0) * config.columns, pl.program_id(1)
     rows = live_ref[tile]
 
@@ -201,7 +217,8 @@ def _down_kernel(
         pair = plt.load(order_ref.at[position])
         weight = plt.load(weights_ref.at[pair])
         [out] = _multiply(
-            (hidden_ref, hidden_scales_ref, position),
+            hidden_ref,
+            position,
             [(down_ref, down_scales_ref)],
             expert_ref[tile],
             column,
@@ -211,13 +228,6 @@ def _down_kernel(
         )
         out = out * (weight[None, :] if config.weights_first else weight[:, None])
         _store(out_ref, pair, span(column, config.columns), live, out, outputs=width, weights_first=config.weights_first)
-
-
-def quantize_rows(x: Float[Array, "T in"]) -> tuple[Float[Array, "T in"], Float[Array, "T in_blocks"]]:
-    """e4m3 values and float32 scales, one per row and 128 inputs; in must be a multiple of 128."""
-    blocks = x.astype(jnp.float32).reshape(x.shape[0], -1, BLOCK)
-    scales = jnp.maximum(jnp.abs(blocks).max(-1), 1e-12) / 448  # 448: the largest e4m3 value
-    return (blocks / scales[..., None]).astype(jnp.float8_e4m3fn).reshape(x.shape), scales
 
 
 def expert_mlp(
@@ -230,12 +240,12 @@ def expert_mlp(
     config: Config | None = None,
     interpret: bool = False,
 ) -> Float[Array, "T D"]:
-    """Sum over each token's experts of weight * down(silu(gate x) * (up x)), result in x's dtype; products in bfloat16, sums in float32.
+    """Sum over each token's experts of weight * down(silu(gate x) * (up x)), result in x's dtype; sums in float32.
 
     values: gate, up, down as float8_e4m3fn with `scales` one per 128x128 block, or bfloat16 without. Tokens beyond config.tokens_per_pass go in
     several passes. Raises NotImplementedError for what the kernels cannot take.
     """
-    config = config or Config()
+    config = config or measured(conversion_for())
     if reason := unsupported(x, ids, values, scales, config):
         raise NotImplementedError(f"moe_prefill: {reason}")
     run = partial(_one_pass, values=values, scales=scales, config=config, interpret=interpret)
@@ -258,36 +268,44 @@ def _one_pass(
     config: Config,
     interpret: bool,
 ) -> Float[Array, "T D"]:
-    table = group_by_expert(ids, values[0].shape[0], config.gate_up.rows)
-    low_precision = config.activations == "float8"
-    rows, row_scales = quantize_rows(x) if low_precision else (x.astype(jnp.bfloat16), None)
-    hidden = gate_up(table, rows, row_scales, values[:2], scales[:2], choices=ids.shape[1], config=config.gate_up, interpret=interpret)
-    rows, row_scales = quantize_rows(hidden) if low_precision else (hidden, None)
-    out = down(table, weights, rows, row_scales, values[2], scales[2], config=config.down, interpret=interpret)
+    operand = jnp.float16 if config.gate_up.operand == "float16" and scales[0] is not None else jnp.bfloat16
+    order, first = sort_by_expert(ids, values[0].shape[0])
+    tables = {rows: (order, *tiles(first, ids.size, rows)) for rows in (config.gate_up.rows, config.down.rows)}
+    hidden = gate_up(
+        tables[config.gate_up.rows],
+        _operand(x, operand),
+        values[:2],
+        scales[:2],
+        choices=ids.shape[1],
+        config=config.gate_up,
+        hidden_dtype=operand,
+        interpret=interpret,
+    )
+    out = down(tables[config.down.rows], weights, hidden, values[2], scales[2], config=config.down, interpret=interpret)
     return out.reshape(*ids.shape, -1).astype(jnp.float32).sum(1).astype(x.dtype)
 
 
 def gate_up(
     table: tuple[Array, Array, Array, Array],
     x: Float[Array, "T D"],
-    x_scales: Float[Array, "T D_blocks"] | None,
     values: tuple[Array, Array],
     scales: tuple[Array | None, Array | None],
     *,
     choices: int,
     config: Grouped,
+    hidden_dtype: Any = jnp.bfloat16,
     interpret: bool = False,
 ) -> Float[Array, "pairs F"]:
-    """silu(gate x) * (up x) in bfloat16, a row per (token, choice), in the table's sorted order."""
+    """silu(gate x) * (up x) as the next matmul takes it, a row per (token, choice), in the table's sorted order."""
     size, width = values[0].shape[1:]
-    order, *tiles = table
-    operands = (*tiles, order, x, *values, *_present(*scales, x_scales))
+    order, *table = table
+    operands = (*table, order, x, *values, *_present(*scales))
     return pl.pallas_call(
         partial(_gate_up_kernel, config=config, choices=choices, size=size, width=width),
-        grid=(-(-size // config.columns), tiles[0].shape[0]),
+        grid=(-(-size // config.columns), table[0].shape[0]),
         in_specs=[pl.no_block_spec] * len(operands),
         out_specs=pl.no_block_spec,
-        out_shape=jax.ShapeDtypeStruct((order.shape[0], size), jnp.bfloat16),
+        out_shape=jax.ShapeDtypeStruct((order.shape[0], size), hidden_dtype),
         compiler_params=plt.CompilerParams(num_warps=config.warps, num_stages=config.stages),
         interpret=interpret,
         name="moe_prefill_gate_up",
@@ -298,7 +316,6 @@ def down(
     table: tuple[Array, Array, Array, Array],
     weights: Float[Array, "T k"],
     hidden: Float[Array, "pairs F"],
-    hidden_scales: Float[Array, "pairs F_blocks"] | None,
     values: Float[Array, "E D F"],
     scales: Array | None,
     *,
@@ -307,11 +324,11 @@ def down(
 ) -> Float[Array, "pairs D"]:
     """weight * (down hidden) in bfloat16, a row per (token, choice), back in pair order."""
     width, size = values.shape[1:]
-    order, *tiles = table
-    operands = (*tiles, order, weights.reshape(-1).astype(jnp.float32), hidden, values, *_present(scales, hidden_scales))
+    order, *table = table
+    operands = (*table, order, weights.reshape(-1).astype(jnp.float32), hidden, values, *_present(scales))
     return pl.pallas_call(
         partial(_down_kernel, config=config, size=size, width=width),
-        grid=(-(-width // config.columns), tiles[0].shape[0]),
+        grid=(-(-width // config.columns), table[0].shape[0]),
         in_specs=[pl.no_block_spec] * len(operands),
         out_specs=pl.no_block_spec,
         out_shape=jax.ShapeDtypeStruct((order.shape[0], width), jnp.bfloat16),
