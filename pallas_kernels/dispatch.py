@@ -13,7 +13,8 @@ logger = logging.getLogger("hga_jax")
 
 
 def choose(operation: str, implementation: Implementation | None, unsupported: str | None) -> Implementation:
-    """`unsupported` says why the kernel cannot take these arguments, None when it can. None asks for the kernel on a CUDA GPU, XLA elsewhere.
+    """`unsupported` says why the kernel cannot take these arguments, None when it can. implementation None: the kernel on a CUDA GPU, else
+    XLA.
 
     Raises NotImplementedError when "pallas" was asked for by name and cannot run: whoever names an implementation gets it or an error.
     """

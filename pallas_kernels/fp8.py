@@ -35,8 +35,8 @@ def to_float16(values: Float[Array, "*shape"], conversion: Conversion) -> Float[
 def _as_float16_bits(values: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """e4m3 divided by 2**8: sign, exponent and mantissa moved to a float16's places, whose exponent bias is 8 larger.
 
-    For GPUs without the conversion (SM80; Pallas refuses the cast there), several times the instructions. NaN becomes 480 / 2**8; no checkpoint
-    stores NaN. The same move into a float32 would make e4m3 subnormals float32 subnormals, which some compilers flush to zero.
+    For GPUs without the conversion (SM80; Pallas refuses the cast there), several times the instructions. NaN becomes 480 / 2**8; no
+    checkpoint stores NaN. The same move into a float32 would make e4m3 subnormals float32 subnormals, which some compilers flush to zero.
     """
     code = lax.bitcast_convert_type(values, jnp.uint8).astype(jnp.uint16)
     return lax.bitcast_convert_type(((code & 0x7F) << 7) | ((code & 0x80) << 8), jnp.float16)

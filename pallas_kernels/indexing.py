@@ -13,11 +13,12 @@ def span(start: Any, size: int) -> Int[Array, " size"]:
     return start + jnp.arange(size, dtype=jnp.int32)
 
 
-def outer(*indices: Any) -> tuple[Int[Array, "..."], ...]:
+def outer(*indices: Any) -> tuple[Int[Array, "*shape"], ...]:
     """One index array per argument, broadcasting to one axis per vector, in order; scalars apply everywhere.
 
-    `load(ref.at[outer(expert, rows, columns)])` is [rows, columns] of that expert. Slices would say the same, but Pallas' interpreter takes no mix of
-    slices and index arrays and checks static slices against the edge before any mask; the compiler sees the same contiguous addresses.
+    `load(ref.at[outer(expert, rows, columns)])` is [rows, columns] of that expert. Slices would say the same, but Pallas' interpreter takes
+    no mix of slices and index arrays and checks static slices against the edge before any mask; the compiler sees the same contiguous
+    addresses.
     """
     arrays = [jnp.asarray(index, jnp.int32) for index in indices]
     rank = sum(array.ndim for array in arrays)

@@ -1,4 +1,4 @@
-"""The grouped expert MLP against float64 numpy: odd sizes, experts without tokens, all tokens on one expert, several passes, both scalings."""
+"""The grouped expert MLP against float64 numpy: odd sizes, experts without tokens, all tokens on one expert, passes, both scalings."""
 
 from __future__ import annotations
 
@@ -65,7 +65,16 @@ def test_expert_mlp(shape, kwargs, interpret):
 
 
 @pytest.mark.parametrize("interpret", MODES)
-@pytest.mark.parametrize("variant", [{"scaling": "partial"}, {"weights_first": False}, {"conversion": "bits"}, {"operand": "float16"}, {"operand": "float16", "scaling": "partial", "conversion": "bits"}])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {"scaling": "partial"},
+        {"weights_first": False},
+        {"conversion": "bits"},
+        {"operand": "float16"},
+        {"operand": "float16", "scaling": "partial", "conversion": "bits"},
+    ],
+)
 def test_variants(variant, interpret):
     arguments, expected = problem(37, 6, 3, 72, 200)
     grouped = Grouped(**{"rows": 16, "columns": 32, "depth": 32, "warps": 4, "stages": 2, **variant})

@@ -1,7 +1,7 @@
 """Matrix times a few vectors, bound by reading the matrix once from device memory (Pallas, Triton lowering).
 
-Floor: bytes of W over the read rate. One value is used once or a few times, so the tensor cores would not help: each thread multiplies the 16 bytes
-it loaded. Every load of a program is issued before the first is used, which is what keeps enough bytes in flight.
+Floor: bytes of W over the read rate. One value is used once or a few times, so the tensor cores would not help: each thread multiplies the
+16 bytes it loaded. Every load of a program is issued before the first is used, which is what keeps enough bytes in flight.
 """
 
 from __future__ import annotations
@@ -145,8 +145,9 @@ def matvec(
 ) -> Float[Array, "T out"]:
     """x @ (values * scales).T accumulated in float32, T from 1 to 8; the result has x's dtype unless `out_dtype` says otherwise.
 
-    values: float8_e4m3fn with one scale per 128x128 block, or bfloat16/float32 without scales. Raises NotImplementedError for anything else.
-    The weight is exact (no rounding to bfloat16 of value times scale), so results differ from the XLA twin by that rounding, about 2**-9.
+    values: float8_e4m3fn with one scale per 128x128 block, or bfloat16/float32 without scales. Raises NotImplementedError for anything
+    else. The weight is exact (no rounding to bfloat16 of value times scale), so results differ from the XLA twin by that rounding, about
+    2**-9.
     """
     if reason := unsupported(x, values, scales):
         raise NotImplementedError(f"fp8_matvec: {reason}")

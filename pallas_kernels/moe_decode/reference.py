@@ -6,7 +6,8 @@ import numpy as np
 
 
 def expert_mlp(x, ids, weights, gate, up, down, round_hidden=lambda hidden: hidden) -> np.ndarray:
-    """[T, D] float64; gate, up [E, F, D] and down [E, D, F] already dequantised. `round_hidden` models a kernel that stores the hidden vector."""
+    """[T, D] float64; gate, up [E, F, D] and down [E, D, F] already dequantised. `round_hidden` models a kernel that stores the hidden
+    vector."""
     x = np.asarray(x).astype(np.float64)
     out = np.zeros_like(x)
     for token, vector in enumerate(x):

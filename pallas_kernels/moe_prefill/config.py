@@ -7,8 +7,8 @@ from typing import Literal
 
 from pallas_kernels.fp8 import BLOCK, CONVERSIONS, Conversion
 
-# weights: value * scale rounded to bfloat16 before the product (what dequantising first gives). partial: exact values go into the product, the scale
-# multiplies the float32 sum of each 128-wide block of the input dimension.
+# weights: value * scale rounded to bfloat16 before the product (what dequantising first gives). partial: exact values go into the product,
+# the scale multiplies the float32 sum of each 128-wide block of the input dimension.
 Scaling = Literal["weights", "partial"]
 
 
@@ -16,9 +16,10 @@ Scaling = Literal["weights", "partial"]
 class Grouped:
     """One program computes `rows` tokens of one expert by `columns` outputs, `depth` of the input dimension at a time.
 
-    operand: what FP8 values become for the tensor cores. float16 holds them exactly and converts in a sixth of the instructions; activations are then
-    float16 times 2**-6 (saturating at 4e6), whose 11 bits of mantissa exceed bfloat16's 8.
-    weights_first: the weight tile is the left operand (in registers after dequantising; SM90's tensor cores take only the right one from shared memory).
+    operand: what FP8 values become for the tensor cores. float16 holds them exactly and converts in a sixth of the instructions;
+    activations are then float16 times 2**-6 (saturating at 4e6), whose 11 bits of mantissa exceed bfloat16's 8.
+    weights_first: the weight tile is the left operand (in registers after dequantising; SM90's tensor cores take only the right one from
+    shared memory).
     """
 
     rows: int = 128

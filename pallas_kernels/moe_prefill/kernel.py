@@ -1,8 +1,8 @@
 """Expert MLP for many tokens as two grouped matmuls (Pallas, Triton lowering).
 
-Pairs (token, expert) are sorted by expert; a table cuts each expert's run of pairs into tiles of `rows`. Launch 1 gathers x rows by token and writes
-hidden = silu(gate x) * (up x) in sorted order; launch 2 multiplies by down, weighs, and scatters rows back to pair order, so that the sum over a
-token's experts reads contiguous memory and is deterministic.
+Pairs (token, expert) are sorted by expert; a table cuts each expert's run of pairs into tiles of `rows`. Launch 1 gathers x rows by token
+and writes hidden = silu(gate x) * (up x) in sorted order; launch 2 multiplies by down, weighs, and scatters rows back to pair order, so
+that the sum over a token's experts reads contiguous memory and is deterministic.
 Floor at Qwen3-30B-A3B: 6*2048*768 FLOPs a pair, 64K tokens = 4.95 TFLOP = 7.2 ms at 690 TFLOP/s.
 """
 
@@ -23,7 +23,6 @@ from pallas_kernels.fp8_matvec.kernel import bad_weight
 from pallas_kernels.indexing import outer, span
 from pallas_kernels.moe_prefill.config import Config, Grouped, measured
 
-
 ACTIVATION_SHIFT = 2.0**-6  # float16 activations: the largest is 65504 * 64 = 4.2e6, full precision down to 0.004
 WEIGHT_SHIFT = 2.0**6  # float16 dequantised weights: |weight| < 1023, full precision down to 1e-6 (trained ones lie around 0.01)
 
@@ -41,8 +40,9 @@ def unsupported(x: Any, ids: Any, values: tuple[Any, Any, Any], scales: tuple[An
     return next((reason for v, s in zip(values, scales, strict=True) if (reason := bad_weight(v, s))), None)
 
 
-def sort_by_expert(ids: Int[Array, "T k"], experts: int) -> tuple[Int[Array, " pairs"], Int[Array, " edges"]]:
-    """(order, first): order[i] is the pair (token * k + choice) at sorted position i, first[e] where expert e's pairs begin (first[experts]: all).
+def sort_by_expert(ids: Int[Array, "*shape"], experts: int) -> tuple[Int[Array, " pairs"], Int[Array, " edges"]]:
+    """(order, first): order[i] is the pair (token * k + choice) at sorted position i, first[e] where expert e's pairs begin
+    (first[experts]: all).
 
     One sort of one 32-bit key: expert in the high bits, pair in the low ones.
     """
@@ -53,9 +53,7 @@ def sort_by_expert(ids: Int[Array, "T k"], experts: int) -> tuple[Int[Array, " p
     return (key & jnp.uint32(2**bits - 1)).astype(jnp.int32), first
 
 
-def tiles(
-    first: Int[Array, " edges"], pairs: int, rows: int
-) -> tuple[Int[Array, " tiles"], Int[Array, " tiles"], Int[Array, " tiles"]]:
+def tiles(first: Int[Array, " edges"], pairs: int, rows: int) -> tuple[Int[Array, " tiles"], Int[Array, " tiles"], Int[Array, " tiles"]]:
     """(expert, start, live) of each tile: it covers sorted positions start and on, `live` of at most `rows` of them (0: an unused tile).
 
     The number of tiles is the bound pairs / rows + min(experts, pairs): each expert wastes part of one.
@@ -81,7 +79,7 @@ def _multiply(
     outputs: int,
     inputs: int,
     config: Grouped,
-) -> list[Float[Array, "..."]]:
+) -> list[Float[Array, "*shape"]]:
     """Inside a kernel: x[rows] @ weight[expert, columns].T for each weight, float32 [rows, columns].
 
     x_ref [tokens, in], read at row_index [rows]. weights: (values ref [E, out, in], scales ref or None).
@@ -142,7 +140,7 @@ def _operand(x: Float[Array, "*T in"], dtype: Any) -> Float[Array, "*T in"]:
     return jnp.clip(x.astype(jnp.float32) * ACTIVATION_SHIFT, -65504.0, 65504.0).astype(jnp.float16)
 
 
-def _dot(a: Float[Array, "m k"], b: Float[Array, "n k"]) -> Float[Array, "m n"]:
+def _dot(a: Float[Array, "*shape"], b: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
 
@@ -231,19 +229,19 @@ def _down_kernel(
 
 
 def expert_mlp(
-    x: Float[Array, "T D"],
-    ids: Int[Array, "T k"],
-    weights: Float[Array, "T k"],
+    x: Float[Array, "*shape"],
+    ids: Int[Array, "*shape"],
+    weights: Float[Array, "*shape"],
     values: tuple[Float[Array, "E F D"], Float[Array, "E F D"], Float[Array, "E D F"]],
     scales: tuple[Array | None, Array | None, Array | None] = (None, None, None),
     *,
     config: Config | None = None,
     interpret: bool = False,
-) -> Float[Array, "T D"]:
+) -> Float[Array, "*shape"]:
     """Sum over each token's experts of weight * down(silu(gate x) * (up x)), result in x's dtype; sums in float32.
 
-    values: gate, up, down as float8_e4m3fn with `scales` one per 128x128 block, or bfloat16 without. Tokens beyond config.tokens_per_pass go in
-    several passes. Raises NotImplementedError for what the kernels cannot take.
+    values: gate, up, down as float8_e4m3fn with `scales` one per 128x128 block, or bfloat16 without. Tokens beyond config.tokens_per_pass
+    go in several passes. Raises NotImplementedError for what the kernels cannot take.
     """
     config = config or measured(conversion_for())
     if reason := unsupported(x, ids, values, scales, config):
@@ -259,15 +257,15 @@ def expert_mlp(
 
 
 def _one_pass(
-    x: Float[Array, "T D"],
-    ids: Int[Array, "T k"],
-    weights: Float[Array, "T k"],
+    x: Float[Array, "*shape"],
+    ids: Int[Array, "*shape"],
+    weights: Float[Array, "*shape"],
     *,
     values: tuple[Array, Array, Array],
     scales: tuple[Array | None, Array | None, Array | None],
     config: Config,
     interpret: bool,
-) -> Float[Array, "T D"]:
+) -> Float[Array, "*shape"]:
     operand = jnp.float16 if config.gate_up.operand == "float16" and scales[0] is not None else jnp.bfloat16
     order, first = sort_by_expert(ids, values[0].shape[0])
     tables = {rows: (order, *tiles(first, ids.size, rows)) for rows in (config.gate_up.rows, config.down.rows)}
@@ -287,7 +285,7 @@ def _one_pass(
 
 def gate_up(
     table: tuple[Array, Array, Array, Array],
-    x: Float[Array, "T D"],
+    x: Float[Array, "*shape"],
     values: tuple[Array, Array],
     scales: tuple[Array | None, Array | None],
     *,
@@ -314,7 +312,7 @@ def gate_up(
 
 def down(
     table: tuple[Array, Array, Array, Array],
-    weights: Float[Array, "T k"],
+    weights: Float[Array, "*shape"],
     hidden: Float[Array, "pairs F"],
     values: Float[Array, "E D F"],
     scales: Array | None,
