@@ -183,7 +183,8 @@ def _stored(checkpointer: ocp.Checkpointer, path: Path) -> dict[str, jax.ShapeDt
             tree = checkpointer.metadata(folder.absolute()).item_metadata.tree
         prefix = folder.name + "." if folder.name.startswith("layers.") else ""
         for key, found in _flatten(tree).items():
-            stored[prefix + key] = jax.ShapeDtypeStruct(found.shape, found.dtype)
+            name = prefix + key if unit_of(prefix + key) == folder.name else f"{folder.name}/{key}"  # the second: none of ours
+            stored[name] = jax.ShapeDtypeStruct(found.shape, found.dtype)
     return stored
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import gguf
 import numpy as np
 from gguf.quants import dequantize
 
+from convert.open_files import OpenFiles
 from hga_jax.text.gguf_metadata import read_gguf_header
 
 BLOCK_ELEMENTS = 1 << 20  # dequantised at a time: 4 MB of float32, which stays in the cache
@@ -35,17 +35,16 @@ class GGUFFile:
     Raises ValueError, one line naming the file, when it is no GGUF, cut off, corrupt, or one part of a split model.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike, files: OpenFiles | None = None):
         self.path = Path(path)
+        self._files = OpenFiles() if files is None else files
         try:
             self.metadata, table = read_gguf_header(self.path)
             size = self.path.stat().st_size
         except OSError as error:
             raise ValueError(f"{self.path}: cannot be read: {error.strerror}") from error
-        if self.metadata.get("split.count", 0) > 1:
-            raise ValueError(
-                f"{self.path}: is one of {self.metadata['split.count']} parts: join them first with `llama-gguf-split --merge`"
-            )
+        if (parts := self.metadata.get("split.count", 0)) > 1:
+            raise ValueError(f"{self.path}: is one of {parts} parts: join them first with `llama-gguf-split --merge`")
         self.tensors: dict[str, GGUFTensor] = {}
         for name, info in table.items():
             try:
@@ -59,10 +58,6 @@ class GGUFFile:
             if info.offset + nbytes > size:
                 raise ValueError(f"{self.path}: truncated: {name!r} ends at byte {info.offset + nbytes}, the file at byte {size}")
             self.tensors[name] = GGUFTensor(self.path, info.offset, nbytes, info.shape, kind)
-
-    @cached_property
-    def _bytes(self) -> np.ndarray:
-        return np.memmap(self.path, np.uint8, mode="r")
 
     def can_dequantize(self, name: str) -> bool:
         """Whether the gguf package turns this tensor's type into numbers."""
@@ -78,16 +73,21 @@ class GGUFFile:
         info = self.tensors[name]
         width = info.shape[-1]
         rows = math.prod(info.shape[:-1])
-        data = self._bytes[info.offset : info.offset + info.nbytes].reshape(rows, -1)
-        target = out.reshape(rows, width) if order is None or len(info.shape) > 1 else None
-        if target is None:  # a vector whose elements are the rows (a llama q or k bias)
-            out[order] = dequantize(data, info.kind).reshape(-1)
+        if order is not None and len(info.shape) == 1:  # a llama q or k bias: its elements are the rows
+            out[order] = self._block(info, 0, rows, 1).reshape(-1)
             return
+        target = out.reshape(rows, width)
         step = max(1, BLOCK_ELEMENTS // width)
         for start in range(0, rows, step):
-            block = dequantize(data[start : start + step], info.kind).reshape(-1, width)
             where: Any = slice(start, start + step) if order is None else order[start : start + step]
-            target[where] = block
+            target[where] = self._block(info, start, min(step, rows - start), rows)
+
+    def _block(self, info: GGUFTensor, start: int, count: int, rows: int) -> np.ndarray:
+        """Rows start..start+count of a tensor of `rows` rows, dequantised to float32."""
+        stride = info.nbytes // rows
+        data = np.empty((count, stride), np.uint8)
+        self._files.read(info.file, info.offset + start * stride, data.reshape(-1))
+        return dequantize(data, info.kind).reshape(count, -1)
 
 
 def rotary_order(rows: int, heads: int) -> np.ndarray:

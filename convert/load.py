@@ -23,6 +23,7 @@ from convert.stream import HOST_BYTES, READERS, make_units, stream_arrays
 from hga_jax.config import ModelConfig
 from hga_jax.model import Decoder, weight_leaves
 from hga_jax.quantized import BlockScaled, Weight, dequantize
+from hga_jax.text.gguf_metadata import read_gguf_metadata
 from hga_jax.text.tokenizer import Tokenizer
 
 DTYPES = ("bfloat16", "float32", "float16")
@@ -56,13 +57,15 @@ def load_decoder(
     if checkpoint.is_converted(path):
         saved = checkpoint.read_settings(path)
         config, dtype = saved.config, check_dtype(saved.dtype if dtype is None else dtype)
-        arrays = checkpoint.restore(path, array_targets(Decoder.abstract(config, dtype)), _placement(sharding), progress)
+        decoder = Decoder.abstract(config, dtype)
+        arrays = checkpoint.restore(path, array_targets(decoder), _placement(sharding), progress)
         leaves = dict(_leaves(arrays, config, dtype, fp8, _placement(sharding)))
     else:
         source = open_source(path)
         try:
             config, dtype = source.config, check_dtype(source.dtype if dtype is None else dtype)
-            targets = array_targets(Decoder.abstract(config, dtype))
+            decoder = Decoder.abstract(config, dtype)
+            targets = array_targets(decoder)
             check_source(source, targets)
             place = _placement(sharding) if fp8 == "keep" else _placement(None)
             arrays = stream_arrays(source, make_units(source, targets), partial(_to_device, place), progress, host_bytes, readers)
@@ -71,7 +74,8 @@ def load_decoder(
             source.close()
     if fp8 == "dequantize":
         config = replace(config, fp8_block=None, fp8_skip=())
-    return with_weights(Decoder.abstract(config, dtype), leaves), config
+        decoder = Decoder.abstract(config, dtype)
+    return with_weights(decoder, leaves), config
 
 
 def read_config(path: str | os.PathLike[str]) -> ModelConfig:
@@ -89,7 +93,8 @@ def read_tokenizer(path: str | os.PathLike[str]) -> Tokenizer | None:
     path = Path(path)
     if path.is_dir():
         return Tokenizer.from_directory(path) if (path / "tokenizer.json").is_file() else None
-    return Tokenizer.from_gguf(path)
+    metadata = read_gguf_metadata(path)
+    return Tokenizer.from_gguf(metadata) if "tokenizer.ggml.model" in metadata else None
 
 
 def open_source(path: Path) -> Source:

@@ -90,9 +90,8 @@ class SafetensorsDirectory:
                 if placed is not None and placed.get(name, file) != file:
                     continue  # a stray copy of a tensor that the index places elsewhere
                 if name in self.tensors:
-                    raise ValueError(
-                        f"{self.path}: {name!r} is in {self.tensors[name].file.name} and in {file}, and the index lists neither"
-                    )
+                    other = self.tensors[name].file.name
+                    raise ValueError(f"{self.path}: {name!r} is in {other} and in {file}, and the index lists neither")
                 self.tensors[name], self._file_of[name] = info, opened
 
     def view(self, name: str) -> np.ndarray:
@@ -173,7 +172,7 @@ def write_safetensors(
 ) -> int:
     """Write one file: header first, then the tensors' bytes, then a rename, so that a killed write leaves no file of that name.
 
-    tensors: name -> (shape, dtype), in file order. pieces: the tensors' contents in that order; a tensor may come in several pieces, cut anywhere.
+    tensors: name -> (shape, dtype), in file order. pieces: the tensors' contents in that order, a tensor in one or more pieces.
     Returns the bytes of tensor data written. Raises ValueError when the pieces do not add up to the tensors.
     """
     path, header, offset = Path(path), {}, 0

@@ -34,7 +34,7 @@ def convert_checkpoint(
 ) -> Path:
     """Write the checkpoint at source_path as an Orbax checkpoint directory that load_decoder opens. Returns the directory.
 
-    dtype: of the weights that are not FP8 (those stay FP8); None keeps the source's. overwrite replaces an earlier conversion, nothing else.
+    dtype: of the weights that are not FP8 (those stay FP8); None keeps the source's. overwrite replaces an earlier conversion only.
     Everything is written beside the target and renamed at the end: a conversion that dies leaves no checkpoint behind. Raises ValueError,
     one line, before anything is written when the source is damaged or does not fit its config, or the target exists or has no room.
     """
@@ -51,6 +51,7 @@ def convert_checkpoint(
         dtype = check_dtype(source.dtype if dtype is None else dtype)
         targets = array_targets(Decoder.abstract(source.config, dtype))
         check_source(source, targets)
+        tokenizer = None if source_path.is_dir() else read_tokenizer(source_path)
         _check_room(target, sum(item.size * item.dtype.itemsize for item in targets.values()))
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
         partial.mkdir(parents=True)
@@ -60,7 +61,10 @@ def convert_checkpoint(
             return jax.device_put(array, host), False
 
         checkpoint.save_units(partial, stream_arrays(source, make_units(source, targets), put, progress))
-        _copy_tokenizer(source_path, partial)
+        if tokenizer is not None:
+            tokenizer.save(partial)
+        elif source_path.is_dir():
+            _copy_tokenizer(source_path, partial)
         checkpoint.write_settings(partial, checkpoint.Settings(source.config, jnp.dtype(dtype), source.raw))
         _swap_in(partial, target)
     except BaseException:
@@ -78,12 +82,9 @@ def _check_room(target: Path, nbytes: int) -> None:
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:
-    if source.is_dir():
-        for name in TOKENIZER_FILES:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, target / name)
-    elif (tokenizer := read_tokenizer(source)) is not None:
-        tokenizer.save(target)
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
 
 
 def _swap_in(partial: Path, target: Path) -> None:

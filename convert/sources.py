@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import threading
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -14,6 +12,7 @@ import numpy as np
 from convert.gguf_config import config_from_gguf
 from convert.gguf_files import GGUFFile, rotary_order
 from convert.mapping import HARMLESS_GGUF, HARMLESS_HF, Part, gguf_parts, hf_parts, row_of
+from convert.open_files import OpenFiles
 from convert.safetensors_files import NAMES, SafetensorsDirectory
 from hga_jax.config import ModelConfig
 
@@ -58,53 +57,6 @@ class Source(Protocol):
     def close(self) -> None: ...
 
 
-class _Files:
-    """Open files by path, and reads at an offset; short reads are errors, not garbage."""
-
-    def __init__(self):
-        self._open: dict[Path, int] = {}
-        self._lock = threading.Lock()
-
-    def _descriptor(self, file: Path) -> int:
-        with self._lock:
-            if file not in self._open:
-                self._open[file] = os.open(file, os.O_RDONLY)
-            return self._open[file]
-
-    def read(self, file: Path, offset: int, out: np.ndarray) -> None:
-        """Fill a contiguous uint8 array."""
-        descriptor, view = self._descriptor(file), memoryview(out)
-        while len(view):
-            count = os.preadv(descriptor, [view], offset)
-            if not count:
-                raise ValueError(f"{file}: ends at byte {offset} although it was longer when it was opened")
-            view, offset = view[count:], offset + count
-
-    def prefetch(self, spans: list[tuple[Path, int, int]]) -> None:
-        if not hasattr(os, "posix_fadvise"):
-            return
-        for file, offset, length in merge_spans(spans):
-            os.posix_fadvise(self._descriptor(file), offset, length, os.POSIX_FADV_WILLNEED)
-
-    def close(self) -> None:
-        with self._lock:
-            for descriptor in self._open.values():
-                os.close(descriptor)
-            self._open.clear()
-
-
-def merge_spans(spans: list[tuple[Path, int, int]]) -> list[tuple[Path, int, int]]:
-    """(file, offset, length) in file order, neighbours joined."""
-    merged: list[tuple[Path, int, int]] = []
-    for file, offset, length in sorted(spans):
-        if merged and merged[-1][0] == file and offset <= merged[-1][1] + merged[-1][2]:
-            start = merged[-1][1]
-            merged[-1] = (file, start, max(merged[-1][2], offset + length - start))
-        else:
-            merged.append((file, offset, length))
-    return merged
-
-
 class HuggingFaceSource:
     """config.json and safetensors in a directory. Raises ValueError when either cannot be read or the model is not supported."""
 
@@ -112,7 +64,7 @@ class HuggingFaceSource:
         self.path = path
         self.raw, self.config = read_hf_config(path)
         self._tensors = SafetensorsDirectory(path).tensors
-        self._files = _Files()
+        self._files = OpenFiles()
         kinds = {FP8: "fp8", **dict.fromkeys(FLOATS, "float")}
         self.tensors = {
             name: Found(info.shape, NAMES[info.dtype], kinds.get(info.dtype, "other"), info.file, info.offset, info.nbytes)
@@ -152,8 +104,8 @@ class GGUFSource:
 
     def __init__(self, path: Path):
         self.path = path
-        self._file = GGUFFile(path)
-        self._advice = _Files()
+        self._files = OpenFiles()
+        self._file = GGUFFile(path, self._files)
         self.raw: dict[str, Any] = {k: v for k, v in self._file.metadata.items() if not isinstance(v, list)}
         factors = None
         if "rope_freqs.weight" in self._file.tensors:
@@ -186,10 +138,10 @@ class GGUFSource:
         self._file.read(part.name, out, order)
 
     def prefetch(self, names: list[str]) -> None:
-        self._advice.prefetch([(found.file, found.offset, found.nbytes) for found in map(self.tensors.__getitem__, names)])
+        self._files.prefetch([(found.file, found.offset, found.nbytes) for found in map(self.tensors.__getitem__, names)])
 
     def close(self) -> None:
-        self._advice.close()
+        self._files.close()
 
 
 def read_hf_config(path: Path) -> tuple[dict[str, Any], ModelConfig]:
