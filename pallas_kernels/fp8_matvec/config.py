@@ -33,7 +33,11 @@ class Config:
 
 
 def measured(tokens: int = 1, conversion: Conversion = "cast") -> Config:
-    """Fastest of a sweep on an H100 over Qwen3-30B-A3B's projections; splitting the input dimension (splits > 1) never paid."""
+    """Fastest of a sweep on an H100 (JAX 0.11.2, reads 3117 GB/s) over Qwen3-30B-A3B's projections; splits > 1 never paid.
+
+    One token, FP8: [5120, 2048] 6.6 us (floor 3.4), [2048, 4096] 5.6 (2.7), [512, 2048] 2.4 (0.3: an empty launch is 2.3).
+    bfloat16 head [151936, 2048]: 212 us (floor 200), 94 % of the read rate. Four tokens take 9 to 10 us on the first two.
+    """
     if tokens == 1:
-        return Config(rows=2, columns=2048, warps=4, conversion=conversion)
+        return Config(rows=2, columns=4096, warps=4, conversion=conversion)
     return Config(rows=8, columns=1024, warps=4, conversion=conversion)

@@ -68,7 +68,13 @@ class Config:
 
 
 def measured(conversion: Conversion = "cast") -> Config:
-    """Fastest of about 120 settings on an H100 at Qwen3-30B-A3B's shape; both fit 99 KB of shared memory (74 and 57 KB)."""
+    """Fastest of about 150 settings on an H100 (JAX 0.11.2) at Qwen3-30B-A3B's shape; 74 and 57 KB of shared memory, inside SM120's 99.
+
+    16,384 tokens: gate_up 2.07 ms (398 TFLOP/s), down 1.16 ms (357), together 50 % of the 768 TFLOP/s of a bfloat16 matmul in the same run
+    (floor 1.07 + 0.54 ms). Beside them a pass spends about 0.1 ms on sorting and 0.22 ms on the sum over experts. bfloat16 operands: 373
+    and 323 TFLOP/s. Larger tiles read less from L2 but leave one program an SM, and nothing then hides the dequantising: 333 at
+    128x(2x128).
+    """
     return Config(
         gate_up=Grouped(rows=128, columns=64, depth=64, warps=4, stages=3, operand="float16", conversion=conversion),
         down=Grouped(rows=64, columns=128, depth=64, warps=4, stages=3, operand="float16", conversion=conversion),
