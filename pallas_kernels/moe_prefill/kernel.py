@@ -40,7 +40,7 @@ def unsupported(x: Any, ids: Any, values: tuple[Any, Any, Any], scales: tuple[An
     return next((reason for v, s in zip(values, scales, strict=True) if (reason := bad_weight(v, s))), None)
 
 
-def sort_by_expert(ids: Int[Array, "*shape"], experts: int) -> tuple[Int[Array, " pairs"], Int[Array, " edges"]]:
+def sort_by_expert(ids: Int[Array, "T k"], experts: int) -> tuple[Int[Array, " pairs"], Int[Array, " edges"]]:
     """(order, first): order[i] is the pair (token * k + choice) at sorted position i, first[e] where expert e's pairs begin
     (first[experts]: all).
 
@@ -140,7 +140,7 @@ def _operand(x: Float[Array, "*T in"], dtype: Any) -> Float[Array, "*T in"]:
     return jnp.clip(x.astype(jnp.float32) * ACTIVATION_SHIFT, -65504.0, 65504.0).astype(jnp.float16)
 
 
-def _dot(a: Float[Array, "*shape"], b: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+def _dot(a: Float[Array, "m k"], b: Float[Array, "n k"]) -> Float[Array, "m n"]:
     return lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
 
@@ -229,15 +229,15 @@ def _down_kernel(
 
 
 def expert_mlp(
-    x: Float[Array, "*shape"],
-    ids: Int[Array, "*shape"],
-    weights: Float[Array, "*shape"],
+    x: Float[Array, "T D"],
+    ids: Int[Array, "T k"],
+    weights: Float[Array, "T k"],
     values: tuple[Float[Array, "E F D"], Float[Array, "E F D"], Float[Array, "E D F"]],
     scales: tuple[Array | None, Array | None, Array | None] = (None, None, None),
     *,
     config: Config | None = None,
     interpret: bool = False,
-) -> Float[Array, "*shape"]:
+) -> Float[Array, "T D"]:
     """Sum over each token's experts of weight * down(silu(gate x) * (up x)), result in x's dtype; sums in float32.
 
     values: gate, up, down as float8_e4m3fn with `scales` one per 128x128 block, or bfloat16 without. Tokens beyond config.tokens_per_pass
@@ -257,15 +257,15 @@ def expert_mlp(
 
 
 def _one_pass(
-    x: Float[Array, "*shape"],
-    ids: Int[Array, "*shape"],
-    weights: Float[Array, "*shape"],
+    x: Float[Array, "T D"],
+    ids: Int[Array, "T k"],
+    weights: Float[Array, "T k"],
     *,
     values: tuple[Array, Array, Array],
     scales: tuple[Array | None, Array | None, Array | None],
     config: Config,
     interpret: bool,
-) -> Float[Array, "*shape"]:
+) -> Float[Array, "T D"]:
     operand = jnp.float16 if config.gate_up.operand == "float16" and scales[0] is not None else jnp.bfloat16
     order, first = sort_by_expert(ids, values[0].shape[0])
     tables = {rows: (order, *tiles(first, ids.size, rows)) for rows in (config.gate_up.rows, config.down.rows)}
@@ -285,7 +285,7 @@ def _one_pass(
 
 def gate_up(
     table: tuple[Array, Array, Array, Array],
-    x: Float[Array, "*shape"],
+    x: Float[Array, "T D"],
     values: tuple[Array, Array],
     scales: tuple[Array | None, Array | None],
     *,
@@ -312,7 +312,7 @@ def gate_up(
 
 def down(
     table: tuple[Array, Array, Array, Array],
-    weights: Float[Array, "*shape"],
+    weights: Float[Array, "T k"],
     hidden: Float[Array, "pairs F"],
     values: Float[Array, "E D F"],
     scales: Array | None,
