@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.routed_decode_attention import kernel, xla
 from pallas_kernels.routed_decode_attention.config import Config
+from pallas_kernels.sketch_routing import QueryColumns, query_columns
 
 Implementation = Literal["pallas", "xla"]
 
@@ -58,18 +59,18 @@ def window_attention(
     implementation: Implementation,
     config: Config | None = None,
     interpret: bool = False,
-) -> tuple[Partial, Float[Array, "K G H"] | None]:
+) -> tuple[Partial, QueryColumns | None]:
     """Attend to window pages on the device (sinks, local window, open chunk, in any order), the first valid[w] tokens of each.
 
-    Returns the partial result and, with `rotation`, query @ rotation in float32 from the same launch (else None).
+    Returns the partial result and, with `rotation`, sketch_routing.QueryColumns from the same launch (else None).
     """
     if not _pallas(implementation):
-        (acc, stats), rotated = xla.window_attention(query, window, valid, rotation, scale=scale)
-        return Partial(acc, stats), rotated
-    acc, stats, *rotated = kernel.window_attention(
+        partial = Partial(*xla.window_attention(query, window, valid, scale=scale))
+        return partial, None if rotation is None else query_columns(query, rotation)
+    acc, stats, *columns = kernel.window_attention(
         query, window, valid, rotation, scale=scale, config=config or Config(), interpret=interpret
     )
-    return Partial(acc, stats), rotated[0] if rotated else None
+    return Partial(acc, stats), QueryColumns(*columns) if columns else None
 
 
 def plan_bank(

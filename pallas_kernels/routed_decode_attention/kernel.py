@@ -65,11 +65,12 @@ def _window_kernel(
     query_ref,  # [K, G, H] device
     window_ref,  # [K, W, 2, g, H] device
     valid_ref,  # [W] i32 device: tokens of each page that count (the first ones)
-    *refs,  # with rotation: [H, H] f32 device; then out: acc [K, splits, G, H] f32, stats [K, splits, 2, G] f32 (, rotated [K, G, H] f32), device
+    *refs,  # with rotation: [H, H] f32 device; then out, device: acc [K, splits, G, H] f32, stats [K, splits, 2, G] f32
+    # (, direct [K, H, 2*Gp] bf16, rotated [K, H, 2*Gp] f16: see sketch_routing.QueryColumns)
     scale: float,
     config: Config,
 ):
-    rotation_ref, acc_ref, stats_ref, rotated_ref = refs if len(refs) == 4 else (None, *refs, None)
+    rotation_ref, acc_ref, stats_ref, direct_ref, rotated_ref = refs if len(refs) == 5 else (None, *refs, None, None)
     k, split = pl.program_id(0), pl.program_id(1)
     pages, group_size, head_dim = window_ref.shape[1], window_ref.shape[3], window_ref.shape[4]
     query = _load_query(query_ref, k, scale)
@@ -101,27 +102,37 @@ def _window_kernel(
             inside = (dim < head_dim)[:, None] & (column < head_dim)[None, :]
             turn = plgpu.load(rotation_ref.at[dim[:, None], column[None, :]], mask=inside, other=0)
             rotated = plgpu.dot(raw.astype(jnp.float32), turn.astype(jnp.float32), precision=lax.Precision.HIGHEST)
-            where = (head < heads)[:, None] & (column < head_dim)[None, :]
-            plgpu.store(rotated_ref.at[k, head[:, None], column[None, :]], rotated, mask=where)
+            here = (head < heads)[:, None] & (column < head_dim)[None, :]
+            direct = plgpu.load(query_ref.at[k, head[:, None], column[None, :]], mask=here, other=0).astype(jnp.float32)
+            padded = direct_ref.shape[2] // 2
+            where = (head < padded)[:, None] & (column < head_dim)[None, :]
+            for ref, x in ((direct_ref, direct), (rotated_ref, rotated)):
+                high = x.astype(ref.dtype)
+                low = (x - high.astype(jnp.float32)).astype(ref.dtype)
+                plgpu.store(ref.at[k, column[None, :], head[:, None]], high, mask=where)
+                plgpu.store(ref.at[k, column[None, :], padded + head[:, None]], low, mask=where)
 
 
 def window_attention(query, window, valid, rotation, *, scale: float, config: Config, interpret: bool):
-    """Partial attention over window pages; with `rotation` also query @ rotation, computed by the same launch."""
+    """Partial attention over window pages; with `rotation` also the query columns that sketch routing reads."""
     kv_heads, heads, head_dim = query.shape
     check_offsets(window=window)
     if not power_of_two(window.shape[3]):
         raise NotImplementedError(f"group_size={window.shape[3]} must be a power of two in the kernel: use implementation='xla'")
     shapes = [(kv_heads, config.window_splits, heads, head_dim), (kv_heads, config.window_splits, 2, heads)]
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     arrays = (query, window, valid)
     if rotation is not None:
-        shapes, arrays = [*shapes, query.shape], (*arrays, rotation)
+        columns = (kv_heads, head_dim, 2 * max(8, pl.next_power_of_2(heads)))
+        shapes += [jax.ShapeDtypeStruct(columns, dtype) for dtype in (jnp.bfloat16, jnp.float16)]
+        arrays = (*arrays, rotation)
     return pl.pallas_call(
         partial(_window_kernel, scale=scale, config=config),
         grid=(kv_heads, config.window_splits),
         in_specs=[pl.no_block_spec] * len(arrays),
         out_specs=[pl.no_block_spec] * len(shapes),
-        out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
-        compiler_params=plgpu.CompilerParams(num_warps=config.warps, num_stages=1),
+        out_shape=shapes,
+        compiler_params=plgpu.CompilerParams(num_warps=config.window_warps, num_stages=1),
         interpret=interpret,
         name="window_attention",
     )(*arrays)

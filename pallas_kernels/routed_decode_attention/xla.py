@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 
 def _partial(query, keys, values, visible, scale):
@@ -24,15 +23,11 @@ def _tokens(pages):
     return (pages[:, :, part].reshape(kv_heads, n * group_size, head_dim) for part in (0, 1))
 
 
-def window_attention(query, window, valid, rotation, *, scale):
+def window_attention(query, window, valid, *, scale):
     group_size = window.shape[3]
     live = (jnp.arange(group_size) < valid[:, None]).reshape(-1)
     keys, values = _tokens(jnp.where(live.reshape(1, -1, 1, group_size, 1), window, 0))  # rows never written may hold anything
-    out = _partial(query, keys, values, jnp.broadcast_to(live, (*query.shape[:2], live.shape[0])), scale)
-    rotated = None
-    if rotation is not None:
-        rotated = jnp.einsum("kgh,hd->kgd", query.astype(jnp.float32), rotation.astype(jnp.float32), precision=lax.Precision.HIGHEST)
-    return out, rotated
+    return _partial(query, keys, values, jnp.broadcast_to(live, (*query.shape[:2], live.shape[0])), scale)
 
 
 def plan_bank(ids, counts, page_slot, slot_page, recency, needed):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, UInt8
@@ -23,6 +22,30 @@ class Pages(NamedTuple):
     stamps: Int[Array, "K P"]
     ids: Int[Array, "K M"]
     counts: Int[Array, "K 2"]
+
+
+class QueryColumns(NamedTuple):
+    """Queries as the scan wants them: high halves of every head, then low halves (high + low is float32-exact to 2^-17 and 2^-22).
+
+    direct: of the query, bfloat16; rotated: of query @ rotation, float16. Gp is G rounded up to a power of two, at least 8; the rest is zero.
+    """
+
+    direct: Float[Array, "K H 2*Gp"]
+    rotated: Float[Array, "K H 2*Gp"]
+
+
+def query_columns(query: Float[Array, "K G H"], rotation: Float[Array, "H H"]) -> QueryColumns:
+    """What the scan reads, in plain XLA; `routed_decode_attention.window_attention` makes the same inside its launch."""
+    query = query.astype(jnp.float32)
+    rotated = jnp.einsum("kgh,hd->kgd", query, rotation.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+    padding = max(8, 1 << (query.shape[1] - 1).bit_length()) - query.shape[1]
+
+    def columns(x: Array, dtype) -> Array:
+        x = jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, padding)))
+        high = x.astype(dtype)
+        return jnp.concatenate([high, (x - high.astype(jnp.float32)).astype(dtype)], axis=-1)
+
+    return QueryColumns(columns(query, jnp.bfloat16), columns(rotated, jnp.float16))
 
 
 def pack_codes(codes: Int[Array, "*n H"]) -> UInt8[Array, "*n B"]:
@@ -73,8 +96,7 @@ def append_sketch(
 
 
 def sketch_routing(
-    query: Float[Array, "K G H"],
-    rotated: Float[Array, "K G H"],
+    query: QueryColumns,
     means: Float[Array, "K C H"],
     codes: UInt8[Array, "K S B"],
     scales: Float[Array, "K S"],
@@ -94,27 +116,24 @@ def sketch_routing(
 ) -> Pages:
     """Route one token's queries: request every group of the routed middle with estimated mass >= threshold for any head of its kv head.
 
-    rotated: query @ rotation, float32. means are of the unrotated keys; codes and scales describe their rotated residuals.
+    query: from `query_columns` or `window_attention`. means are of the unrotated keys; codes and scales describe their rotated residuals.
     window[:, :, 0] and [:, :, 1]: largest exact score and sum of exp(score - largest) of each split of the windows, from
     `routed_decode_attention.window_attention`. stamps: updated in place when donated. Source: README, the sketch policy.
     """
     if codes.shape[1] % means.shape[1] or codes.shape[1] // means.shape[1] % group_size:
         raise ValueError(f"{codes.shape[1]} tokens of codes do not make {means.shape[1]} chunks of whole groups of {group_size}")
+    heads = window.shape[3]
     pages_per_chunk = codes.shape[1] // means.shape[1] // group_size
     middle = jnp.stack([jnp.int32(sink_chunks), jnp.maximum(own_chunk - local_chunks, sink_chunks), own_chunk]).astype(jnp.int32)
     config = config or Config()
     rules = {"pages_per_chunk": pages_per_chunk, "threshold": threshold, "capacity": capacity}
     if implementation == "xla":
-        scores = xla.scan(query, rotated, means, codes, scales, middle, group_size=group_size, scale=scale)
+        direct, rotated = (sum(jnp.split(x.astype(jnp.float32), 2, axis=-1))[..., :heads].swapaxes(1, 2) for x in query)
+        scores = xla.scan(direct, rotated, means, codes, scales, middle, group_size=group_size, scale=scale)
         return Pages(*xla.select(scores, window, stamps, middle, **rules))
     if implementation != "pallas":
         raise ValueError(f"{implementation=}: choose pallas or xla")
     scores, partials = kernel.scan(
-        query, rotated, means, codes, scales, middle, group_size=group_size, scale=scale, config=config, interpret=interpret
+        *query, means, codes, scales, middle, heads=heads, group_size=group_size, scale=scale, config=config, interpret=interpret
     )
     return Pages(*kernel.select(scores, partials, window, stamps, middle, config=config, interpret=interpret, **rules))
-
-
-def rotate(query: Float[Array, "K G H"], rotation: Float[Array, "H H"]) -> Float[Array, "K G H"]:
-    """query @ rotation in float32."""
-    return jnp.einsum("kgh,hd->kgd", query.astype(jnp.float32), rotation.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)

@@ -58,12 +58,12 @@ def _unpack_asm(codes: Array, quarter: int) -> Array:
 
 
 def _scan_kernel(
-    query_ref,  # [K, G, H] device
-    rotated_ref,  # [K, G, H] f32 device
+    direct_ref,  # [K, H, 2*Gp] bf16 device: query columns, high halves then low halves
+    rotated_ref,  # [K, H, 2*Gp] f16 device: the same of query @ rotation
     means_ref,  # [K, C, H] device
     codes_ref,  # [K, S, H/4] u8 device
     scales_ref,  # [K, S] device
-    middle_ref,  # [2] i32 device: first chunk of the routed middle, chunk after its last
+    middle_ref,  # [3] i32 device: first chunk of the routed middle, chunk after its last, own chunk
     scores_ref,  # [K, P, Gp] f32 device, out
     partial_ref,  # [K, blocks, 2, Gp] f32 device, out: largest score of the block and sum of exp(score - largest)
     *,
@@ -76,23 +76,13 @@ def _scan_kernel(
     k, block = pl.program_id(0), pl.program_id(1)
     head_dim, code_bytes, chunks = means_ref.shape[2], codes_ref.shape[2], means_ref.shape[1]
     width, bytes_padded, padded = pl.next_power_of_2(head_dim), max(16, pl.next_power_of_2(code_bytes)), scores_ref.shape[2]
-    columns = max(16, 2 * padded)
-    copies = columns // padded
+    columns = 2 * padded
     block_chunks, pages = config.block_chunks, chunk_size // group_size
     tokens, groups = block_chunks * chunk_size, block_chunks * pages
     first_chunk = block * block_chunks
 
-    def split(load, dtype):
-        """Query columns: heads of the high halves, then of the low halves, then zeros."""
-        column = jnp.arange(columns)
-        full = load((column % padded)[None, :], (column % padded)[None, :] < heads).astype(jnp.float32)
-        high = full.astype(dtype)
-        low = (full - high.astype(jnp.float32)).astype(dtype)
-        part = (column // padded)[None, :]
-        return jnp.where(part == 0, high, jnp.where(part == 1, low, jnp.zeros_like(low)))
-
     def join(product, rows):
-        return product.reshape(rows, copies, padded).sum(1)
+        return product.reshape(rows, 2, padded).sum(1)
 
     @pl.when((first_chunk < middle_ref[1]) & (first_chunk + block_chunks > middle_ref[0]))
     def _():
@@ -108,11 +98,8 @@ def _scan_kernel(
         residual = jnp.zeros((tokens, columns), jnp.float32)
         for quarter in range(4):
             row = (quarter * code_bytes + byte)[:, None]
-
-            def rotated_part(head, mask, row=row):
-                return plgpu.load(rotated_ref.at[k, head, row], mask=mask & real[:, None], other=0)
-
-            residual += plgpu.dot(unpack(codes, quarter), split(rotated_part, jnp.float16))
+            part = plgpu.load(rotated_ref.at[k, row, jnp.arange(columns)[None, :]], mask=real[:, None], other=0)
+            residual += plgpu.dot(unpack(codes, quarter), part)
         residual = join(residual, tokens) * (token_scale * -LEVEL_UNIT)[:, None]
         best = residual.reshape(groups, group_size, padded).max(1)  # the chunk's mean is common to its tokens: it can wait
 
@@ -122,10 +109,7 @@ def _scan_kernel(
         real_mean = ((row < block_chunks) & (chunk < chunks))[:, None] & (dim < head_dim)[None, :]
         mean = plgpu.load(means_ref.at[k, chunk[:, None], dim[None, :]], mask=real_mean, other=0)
 
-        def query_part(head, mask):
-            return plgpu.load(query_ref.at[k, head, dim[:, None]], mask=mask & (dim < head_dim)[:, None], other=0)
-
-        queries = split(query_part, jnp.bfloat16)
+        queries = plgpu.load(direct_ref.at[k, dim[:, None], jnp.arange(columns)[None, :]], mask=(dim < head_dim)[:, None], other=0)
         high = mean.astype(jnp.bfloat16)
         base = plgpu.dot(high, queries)
         if mean.dtype != jnp.bfloat16:
@@ -153,26 +137,26 @@ def _scan_kernel(
 
 
 def scan(
-    query: Float[Array, "K G H"],
-    rotated: Float[Array, "K G H"],
+    direct: Float[Array, "K H 2*Gp"],
+    rotated: Float[Array, "K H 2*Gp"],
     means: Float[Array, "K C H"],
     codes: UInt8[Array, "K S B"],
     scales: Float[Array, "K S"],
-    middle: Int[Array, " 2"],
+    middle: Int[Array, " 3"],
     *,
+    heads: int,
     group_size: int,
     scale: float,
     config: Config,
     interpret: bool,
 ) -> tuple[Float[Array, "K P Gp"], Float[Array, "K blocks 2 Gp"]]:
     """Scores of the groups of the routed middle (chunks middle[0] .. middle[1]-1; -inf elsewhere inside a scanned block, unwritten beyond)."""
-    kv_heads, heads, _ = query.shape
+    kv_heads, padded = direct.shape[0], direct.shape[2] // 2
     chunks, tokens = means.shape[1], codes.shape[1]
     chunk_size = tokens // chunks
     check_offsets(codes=codes, means=means)
     if not (power_of_two(chunk_size) and power_of_two(group_size)):
         raise NotImplementedError(f"{chunk_size=} and {group_size=} must be powers of two in the kernel: use implementation='xla'")
-    padded = max(8, pl.next_power_of_2(heads))
     blocks = -(-chunks // config.block_chunks)
     kernel = partial(_scan_kernel, heads=heads, chunk_size=chunk_size, group_size=group_size, scale=scale, config=config)
     return pl.pallas_call(
@@ -187,7 +171,7 @@ def scan(
         compiler_params=plgpu.CompilerParams(num_warps=config.scan_warps, num_stages=1),
         interpret=interpret,
         name="sketch_scan",
-    )(query, rotated, means, codes, scales, middle)
+    )(direct, rotated, means, codes, scales, middle)
 
 
 def _select_kernel(
@@ -210,7 +194,16 @@ def _select_kernel(
     capacity = ids_ref.shape[1]
     step = min(config.select_pages, pl.next_power_of_2(pages))
     head = jnp.arange(padded)
+    one_step = pages <= step  # then everything is loaded at once, before anything is waited for
     first, end, own = chunks_ref[0] * pages_per_chunk, jnp.minimum(chunks_ref[1] * pages_per_chunk, pages), chunks_ref[2]
+
+    def load_step(i):
+        page = i * step + jnp.arange(step)
+        stamps = plgpu.load(stamps_ref.at[k, page], mask=page < end, other=-2)
+        middle = (page < end) & (page >= first)
+        return page, stamps, middle, plgpu.load(scores_ref.at[k, page[:, None], head[None, :]], mask=middle[:, None], other=-jnp.inf)
+
+    everything = load_step(0) if one_step else None
 
     def combine(ref, count, width):
         row = jnp.arange(pl.next_power_of_2(count))
@@ -234,15 +227,12 @@ def _select_kernel(
         stamps = plgpu.load(stamps_ref.at[k, page], mask=page < end, other=-2)
         return seen + jnp.sum((stamps >= own - 1).astype(jnp.int32))
 
-    def one(i, carry):
-        listed, fresh_before, room = carry
-        page = i * step + jnp.arange(step)
-        held = page < end
-        stamps = plgpu.load(stamps_ref.at[k, page], mask=held, other=-2)
-        middle = held & (page >= first)
-        scores = plgpu.load(scores_ref.at[k, page[:, None], head[None, :]], mask=middle[:, None], other=-jnp.inf)
+    def decide(loaded, listed, fresh_before, room):
+        page, stamps, middle, scores = loaded
         wanted = jnp.max((scores >= bound[None, :]).astype(jnp.int32), axis=1) * middle.astype(jnp.int32)
         seen = (stamps >= own - 1).astype(jnp.int32)
+        if room is None:
+            room = jnp.maximum(capacity - jnp.sum(seen), 0)
         fresh = wanted * (1 - seen)
         running = jnp.cumsum(seen + (fresh << 16), axis=0)
         fresh_rank = running >> 16
@@ -253,10 +243,14 @@ def _select_kernel(
         plgpu.store(stamps_out_ref.at[k, page], jnp.broadcast_to(own, (step,)), mask=(wanted * visible) > 0)
         put = (visible > 0) & (rank < capacity)
         plgpu.store(ids_ref.at[k, jnp.where(put, rank, capacity)], page, mask=put)
-        return listed + jnp.sum(visible), fresh_before + jnp.sum(fresh), room
+        counts = jnp.sum(visible + (fresh << 16))
+        return listed + (counts & 0xFFFF), fresh_before + (counts >> 16), room
 
-    room = jnp.maximum(capacity - lax.fori_loop(0, steps, count_seen, jnp.int32(0)), 0)
-    listed, fresh, room = lax.fori_loop(0, steps, one, (jnp.int32(0), jnp.int32(0), room))
+    if one_step:
+        listed, fresh, room = decide(everything, jnp.int32(0), jnp.int32(0), None)
+    else:
+        room = jnp.maximum(capacity - lax.fori_loop(0, steps, count_seen, jnp.int32(0)), 0)
+        listed, fresh, room = lax.fori_loop(0, steps, lambda i, c: decide(load_step(i), *c), (jnp.int32(0), jnp.int32(0), room))
     counts_ref[k, 0] = jnp.minimum(listed, capacity)
     counts_ref[k, 1] = jnp.maximum(fresh - room, 0)
 
