@@ -110,7 +110,7 @@ def make_layer(case: Case, seed: int, store: Any) -> dict[str, Any]:
         }
     state = {"stamps": jnp.asarray(stamps)}
     if case.policy == "paper":
-        state = {"marks": jnp.zeros((k, pages), jnp.int32)}
+        state = {"marks": paper_routing.empty_marks(k, pages)}
     if case.tier == "bank":
         slots = max(2 * count, 16)
         page_slot, slot_page = np.full((k, pages), -1, np.int32), np.full((k, slots), -1, np.int32)
@@ -144,7 +144,7 @@ def layer_step(case: Case, query, rotation, layer: dict, state: dict, store, con
     elif case.route:
         pages = paper_routing.paper_routing(
             query, layer["chunk_sums"], layer["group_sums"], state["marks"], own, sink_chunks=SINKS, local_chunks=LOCAL, top_chunks=16,
-            top_groups=64, capacity=case.capacity, scale=case.scale, implementation=implementation, config=configs["paper"],
+            top_groups=64, capacity=case.capacity, implementation=implementation, config=configs["paper"],
         )  # fmt: skip
         state, ids, counts, seen_by = state | {"marks": pages.marks}, pages.ids, pages.counts, pages.heads
     if not case.attend:
