@@ -12,7 +12,7 @@ def check_offsets(**arrays) -> None:
     for name, array in arrays.items():
         if math.prod(array.shape) >= MAX_ELEMENTS:
             raise ValueError(
-                f"{name} of shape {tuple(array.shape)} has {math.prod(array.shape)} elements, kernel offsets are int32 (limit {MAX_ELEMENTS}): "
+                f"{name} of shape {tuple(array.shape)}: {math.prod(array.shape)} elements, kernels take fewer than {MAX_ELEMENTS} (int32): "
                 "use one array per layer, or shard the kv heads"
             )
 

@@ -29,7 +29,12 @@ def problem(kv_heads, heads, head_dim, pages, group, windows, dtype, seed=0):
         return jnp.asarray(rng.standard_normal(shape), dtype)
 
     valid = rng.integers(1, group + 1, windows).astype(np.int32)
-    return random(kv_heads, heads, head_dim), random(kv_heads, windows, 2, group, head_dim), valid, random(kv_heads, pages, 2, group, head_dim)
+    return (
+        random(kv_heads, heads, head_dim),
+        random(kv_heads, windows, 2, group, head_dim),
+        valid,
+        random(kv_heads, pages, 2, group, head_dim),
+    )
 
 
 def page_list(listed, capacity):
@@ -138,7 +143,9 @@ def test_bank_keeps_the_pages_used_last(run, slots):
 def test_appended_pages_land_in_their_place(run):
     how = settings(run)
     store = jnp.asarray(np.random.default_rng(0).standard_normal((2, 9, 2, 8, 80)), jnp.bfloat16)
-    out = decode.append_page(store + 0, jnp.ones((2, 4, 2, 8, 80), jnp.bfloat16), jnp.int32(3), implementation=how["implementation"], interpret=how["interpret"])
+    out = decode.append_page(
+        store + 0, jnp.ones((2, 4, 2, 8, 80), jnp.bfloat16), jnp.int32(3), implementation=how["implementation"], interpret=how["interpret"]
+    )
     np.testing.assert_array_equal(out, store.at[:, 3:7].set(1))
 
 
@@ -174,7 +181,12 @@ def test_a_store_too_large_for_int32_offsets_is_refused():
     with pytest.raises(ValueError, match="one array per layer"):
         jax.eval_shape(
             lambda store: decode.page_attention(
-                jnp.zeros((4, 8, 128)), jnp.zeros((4, 8), jnp.int32), jnp.zeros((4, 2), jnp.int32), store, scale=1.0, implementation="pallas"
+                jnp.zeros((4, 8, 128)),
+                jnp.zeros((4, 8), jnp.int32),
+                jnp.zeros((4, 2), jnp.int32),
+                store,
+                scale=1.0,
+                implementation="pallas",
             ),
             jax.ShapeDtypeStruct((4, 2**17, 2, 16, 128), jnp.bfloat16),
         )

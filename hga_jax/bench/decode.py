@@ -1,4 +1,4 @@
-"""Attention of one decoded token, all layers in one compiled program: routing, fetch, attention, beside dense decode and whole-layer copies.
+"""Attention of one decoded token, all layers in one program: routing, fetch, attention; beside dense decode and whole-layer copies.
 
 Random keys, and stamps that make the chosen number of pages visible, so that the work is what the options say. Every timed program is
 checked first: its outputs against the XLA twin on the same arrays.
@@ -40,7 +40,10 @@ WINDOW_PAGES = (SINKS + LOCAL + 1) * CHUNK // GROUP
 
 @dataclass(frozen=True)
 class Case:
-    """policy: sketch or paper. tier: device (whole history on the device), host, or bank (every page found in it). tokens: routed tokens a kv head."""
+    """policy: sketch or paper. tier: device (whole history on the device), host, or bank (every page found in it).
+
+    tokens: routed tokens a kv head.
+    """
 
     layers: int
     heads: int
@@ -117,9 +120,7 @@ def make_layer(case: Case, seed: int, store: Any) -> dict[str, Any]:
         for i in range(k):
             where = rng.permutation(slots)[:count]
             page_slot[i, ids[i, :count]], slot_page[i, where] = where, ids[i, :count]
-        state["bank"] = Bank(
-            _normal(keys[4], (k, slots, 2, GROUP, h), jnp.bfloat16), jnp.asarray(page_slot), jnp.asarray(slot_page)
-        )
+        state["bank"] = Bank(_normal(keys[4], (k, slots, 2, GROUP, h), jnp.bfloat16), jnp.asarray(page_slot), jnp.asarray(slot_page))
     return {"const": layer, "state": state, "store": store}
 
 
@@ -259,7 +260,9 @@ def copy_ceilings() -> dict[str, float]:
     result = {"hbm_gb_s": 2 * x.nbytes / median_seconds(lambda: double(x), 9) / 1e9}
     if host_kind() == "pinned_host":
         host = jax.device_put(x, sharding("pinned_host"))
-        fetch = jax.jit(lambda x: jax.device_put(x, jax.memory.Space.Device), in_shardings=sharding("pinned_host"), out_shardings=sharding("device"))
+        fetch = jax.jit(
+            lambda x: jax.device_put(x, jax.memory.Space.Device), in_shardings=sharding("pinned_host"), out_shardings=sharding("device")
+        )
         fetch(host).block_until_ready()
         result["pcie_gb_s"] = x.nbytes / median_seconds(lambda: fetch(host), 9) / 1e9
     return result
@@ -365,7 +368,10 @@ def main(argv: list[str]) -> None:
                 print(f"history {history} dense {name}: {type(error).__name__} {str(error)[:200]}", flush=True)
         copied = history * kv_heads * head_dim * 4 * layers
         if "pcie_gb_s" in ceilings:
-            print(f"history {history:7d} copying every layer's history each token: {copied / ceilings['pcie_gb_s'] / 1e6:.1f} ms/token", flush=True)
+            print(
+                f"history {history:7d} copying every layer's history each token: {copied / ceilings['pcie_gb_s'] / 1e6:.1f} ms/token",
+                flush=True,
+            )
     if options.json:
         with open(options.json, "w") as file:
             json.dump(report, file, indent=1)
@@ -375,8 +381,8 @@ def print_result(result: dict[str, Any]) -> None:
     print(
         f"history {result['history']:7d} {result['policy']:6s} {result['tier']:6s} routed {result['tokens']:5d}: "
         f"{result['ms_per_token']:7.3f} ms/token ({result['us_per_layer']:6.1f} us/layer, floor {result['floor']['ms_per_token']:.3f} ms), "
-        f"{result.get('launches_per_token', 0):.0f} launches, error {result['relative_error']:.1e} {'ok' if result['checked'] else 'WRONG'}, "
-        f"compiled in {result['compile_seconds']:.0f} s",
+        f"{result.get('launches_per_token', 0):.0f} launches, "
+        f"error {result['relative_error']:.1e} {'ok' if result['checked'] else 'WRONG'}, compiled in {result['compile_seconds']:.0f} s",
         flush=True,
     )
     for name, kernel in sorted(result.get("kernels", {}).items(), key=lambda item: -item[1]["us"] * item[1]["launches_per_token"])[:12]:

@@ -12,7 +12,9 @@ from pallas_kernels.paper_routing.config import Config
 
 
 class Pages(NamedTuple):
-    """ids [K, M]: pages any head of the kv head opens, ascending, the first counts[:, 0] valid; heads: bit n set where head n opens the page.
+    """ids [K, M]: pages any head of the kv head opens, ascending, the first counts[:, 0] valid.
+
+    heads: bit n set where head n opens the page.
     counts [K, 2]: pages listed, pages left out for lack of room. marks: scratch, all zero again."""
 
     marks: Int[Array, "K P1"]

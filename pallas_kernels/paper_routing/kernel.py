@@ -52,6 +52,7 @@ def _choose_kernel(
     top_chunks: int,
     groups: int,
     forced: bool,
+    interpret: bool,
 ):
     k, head = pl.program_id(0), pl.program_id(1)
     chunks, pages, head_dim = scores_ref.shape[2], groups_ref.shape[1], groups_ref.shape[2]
@@ -84,7 +85,9 @@ def _choose_kernel(
     ahead = (score[None, :] > score[:, None]) | ((score[None, :] == score[:, None]) & (page[None, :] < page[:, None]))
     opened = (page >= 0) & (jnp.sum(ahead.astype(jnp.int32), axis=1) < groups)
     bit = jnp.broadcast_to(jnp.int32(1) << head, (count,))
-    plgpu.atomic_add(marks_ref, (k, jnp.where(opened, page, pages)), jnp.where(opened, bit, 0))
+    # Bits of different heads never meet, so "or" and "add" are the same. JAX lowers add of an integer vector as a float add (0.11.2), and
+    # interpret mode has no "or".
+    (plgpu.atomic_add if interpret else plgpu.atomic_or)(marks_ref, (k, jnp.where(opened, page, pages)), jnp.where(opened, bit, 0))
 
 
 def _list_kernel(
@@ -150,7 +153,7 @@ def route(
         name="paper_scores",
     )(query, chunk_sums, middle)
     marks = pl.pallas_call(
-        partial(_choose_kernel, top_chunks=top_chunks, groups=groups, forced=forced),
+        partial(_choose_kernel, top_chunks=top_chunks, groups=groups, forced=forced, interpret=interpret),
         grid=(kv_heads, heads),
         in_specs=[pl.no_block_spec] * 5,
         out_specs=pl.no_block_spec,

@@ -1,8 +1,8 @@
 """Decode attention over windows and routed pages that lie in device memory, in host memory, or in a device bank before host memory."""
 
 from pallas_kernels.routed_decode_attention.api import (
-    Partial,
     Bank,
+    Partial,
     Plan,
     append_page,
     merge,

@@ -19,7 +19,10 @@ Implementation = Literal["pallas", "xla"]
 
 
 class Partial(NamedTuple):
-    """Attention over part of the keys. acc: unnormalised sums. stats[:, :, 0]: largest score, stats[:, :, 1]: sum of exp(score - largest)."""
+    """Attention over part of the keys.
+
+    acc: unnormalised sums. stats[:, :, 0]: largest score, stats[:, :, 1]: sum of exp(score - largest).
+    """
 
     acc: Float[Array, "K splits G H"]
     stats: Float[Array, "K splits 2 G"]
@@ -28,7 +31,10 @@ class Partial(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Bank:
-    """Pages kept on the device, each kv head's slots its own. pages: K/V by slot; page_slot: slot of a page or -1; slot_page: page of a slot or -1."""
+    """Pages kept on the device, each kv head's slots its own.
+
+    pages: K/V by slot; page_slot: slot of a page or -1; slot_page: page of a slot or -1.
+    """
 
     pages: Float[Array, "K slots 2 g H"]
     page_slot: Int[Array, "K P"]
@@ -36,7 +42,10 @@ class Bank:
 
 
 class Plan(NamedTuple):
-    """source: slot of each listed page, or -1 - (rank among the missed). victims: slot that takes each missed page, or -1. hits: pages found."""
+    """source: slot of each listed page, or -1 - (rank among the missed). victims: slot that takes each missed page, or -1.
+
+    hits: pages found.
+    """
 
     source: Int[Array, "K M"]
     victims: Int[Array, "K M"]

@@ -1,4 +1,4 @@
-"""Kernels of T=1 attention: windows, routed pages (flash decoding over splits of the page list), exact merge, bank planning, page append."""
+"""Kernels of T=1 attention: windows, routed pages (splits of the page list), exact merge, bank planning, page append."""
 
 from __future__ import annotations
 
@@ -84,7 +84,8 @@ def _window_kernel(
         live = row % group_size < held
         mask = live[:, None] & (dim < head_dim)[None, :]
         keys, values = (
-            plgpu.load(window_ref.at[k, page[:, None], part, (row % group_size)[:, None], dim[None, :]], mask=mask, other=0) for part in (0, 1)
+            plgpu.load(window_ref.at[k, page[:, None], part, (row % group_size)[:, None], dim[None, :]], mask=mask, other=0)
+            for part in (0, 1)
         )
         return _add(carry, query, keys, values, live[None, :])
 
@@ -98,7 +99,9 @@ def _window_kernel(
         def _():
             heads = query_ref.shape[1]
             head, column = jnp.arange(query.shape[0]), split * columns + jnp.arange(columns)
-            raw = plgpu.load(query_ref.at[k, head[:, None], dim[None, :]], mask=(head < heads)[:, None] & (dim < head_dim)[None, :], other=0)
+            raw = plgpu.load(
+                query_ref.at[k, head[:, None], dim[None, :]], mask=(head < heads)[:, None] & (dim < head_dim)[None, :], other=0
+            )
             inside = (dim < head_dim)[:, None] & (column < head_dim)[None, :]
             turn = plgpu.load(rotation_ref.at[dim[:, None], column[None, :]], mask=inside, other=0)
             rotated = plgpu.dot(raw.astype(jnp.float32), turn.astype(jnp.float32), precision=lax.Precision.HIGHEST)
@@ -195,7 +198,9 @@ def _page_kernel(
             filled = filled & (target >= 0)
             for part in (0, 1):
                 plgpu.store(
-                    bank_ref.at[k, jnp.where(filled, target, bank_ref.shape[1])[:, None], part, token, dim[None, :]], tile[part], mask=filled[:, None] & real
+                    bank_ref.at[k, jnp.where(filled, target, bank_ref.shape[1])[:, None], part, token, dim[None, :]],
+                    tile[part],
+                    mask=filled[:, None] & real,
                 )
             once = filled & (row % group_size == 0)
             plgpu.store(page_slot_ref.at[k, jnp.where(once, page, page_slot_ref.shape[1])], target, mask=once)

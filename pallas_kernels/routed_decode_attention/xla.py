@@ -52,7 +52,7 @@ def plan_bank(ids, counts, page_slot, slot_page, recency, needed):
 
 
 def page_attention(query, ids, counts, store, heads, bank, plan, *, scale):
-    kv_heads, capacity = ids.shape
+    capacity = ids.shape[1]
     group_size = store.shape[3]
     live = jnp.arange(capacity) < counts[:, :1]
     pages = jax.vmap(lambda pages, ids: pages[ids])(store, jnp.where(live, ids, 0))

@@ -16,7 +16,9 @@ THRESHOLDS = (-0.9816, 0.0, 0.9816)
 
 
 class Pages(NamedTuple):
-    """stamps [K, P]: the last chunk in which a page was requested. ids [K, M]: visible pages, ascending, the first counts[:, 0] valid.
+    """stamps [K, P]: the last chunk in which a page was requested.
+
+    ids [K, M]: visible pages, ascending, the first counts[:, 0] valid.
     counts [K, 2]: pages listed, requests refused for lack of room."""
 
     stamps: Int[Array, "K P"]
@@ -27,11 +29,12 @@ class Pages(NamedTuple):
 class QueryColumns(NamedTuple):
     """Queries as the scan wants them: high halves of every head, then low halves (high + low is float32-exact to 2^-17 and 2^-22).
 
-    direct: of the query, bfloat16; rotated: of query @ rotation, float16. Gp is G rounded up to a power of two, at least 8; the rest is zero.
+    direct: of the query, bfloat16; rotated: of query @ rotation, float16. Each half has G columns rounded up to a power of two, at least
+    8; those beyond G are zero.
     """
 
-    direct: Float[Array, "K H 2*Gp"]
-    rotated: Float[Array, "K H 2*Gp"]
+    direct: Float[Array, "K H columns"]
+    rotated: Float[Array, "K H columns"]
 
 
 def query_columns(query: Float[Array, "K G H"], rotation: Float[Array, "H H"]) -> QueryColumns:
@@ -85,7 +88,7 @@ def append_sketch(
     rotation: Float[Array, "H H"],
     chunk: Int[Array, ""],
 ) -> tuple[Float[Array, "K C H"], UInt8[Array, "K S B"], Float[Array, "K S"]]:
-    """Write the sketch of a chunk that has closed into its place. Once in a chunk's worth of tokens, so plain XLA; in place when donated."""
+    """Write the sketch of a chunk that has closed into its place. Once in many tokens, so plain XLA; in place when donated."""
     size = keys.shape[1]
     mean, code, scale = sketch_chunks(keys, rotation, size)
     return (

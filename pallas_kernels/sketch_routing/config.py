@@ -11,7 +11,7 @@ from pallas_kernels.limits import power_of_two
 @dataclass(frozen=True)
 class Config:
     """block_chunks: chunks of sketches one program scans. scan_warps: its warps.
-    unpack: how codes become float16 levels, "asm" (PTX, 3 instructions a code, any GPU since SM80) or "arithmetic" (plain operations, also interpret mode).
+    unpack: how codes become float16 levels, "asm" (PTX, 3 instructions a code, any GPU since SM80) or "arithmetic" (also interpret mode).
     select_pages, select_warps: pages that the selecting program of a kv head looks at in one step, and its warps.
     """
 

@@ -1,4 +1,4 @@
-"""Two kernels: one scan over the packed codes (group scores and partial softmax sums), one selection per kv head (threshold, stamps, page list).
+"""Two kernels: a scan over the packed codes (group scores, partial softmax sums), a selection per kv head (threshold, stamps, list).
 
 Byte b of a token's codes holds dimensions b, B+b, 2B+b, 3B+b (B = H/4; dimension jB+b in bits 2j, 2j+1), so that unpacking code j of all
 bytes gives a contiguous quarter of the head: four matrix products with quarters of the query and no shuffles. The two level magnitudes have
@@ -64,7 +64,7 @@ def _scan_kernel(
     codes_ref,  # [K, S, H/4] u8 device
     scales_ref,  # [K, S] device
     middle_ref,  # [3] i32 device: first chunk of the routed middle, chunk after its last, own chunk
-    scores_ref,  # [K, P, Gp] f32 device, out
+    scores_ref,  # [K, Gp, P] f32 device, out
     partial_ref,  # [K, blocks, 2, Gp] f32 device, out: largest score of the block and sum of exp(score - largest)
     *,
     heads: int,
@@ -75,57 +75,57 @@ def _scan_kernel(
 ):
     k, block = pl.program_id(0), pl.program_id(1)
     head_dim, code_bytes, chunks = means_ref.shape[2], codes_ref.shape[2], means_ref.shape[1]
-    width, bytes_padded, padded = pl.next_power_of_2(head_dim), max(16, pl.next_power_of_2(code_bytes)), scores_ref.shape[2]
+    width, bytes_padded, padded = pl.next_power_of_2(head_dim), max(16, pl.next_power_of_2(code_bytes)), scores_ref.shape[1]
     columns = 2 * padded
     block_chunks, pages = config.block_chunks, chunk_size // group_size
     tokens, groups = block_chunks * chunk_size, block_chunks * pages
     first_chunk = block * block_chunks
 
-    def join(product, rows):
-        return product.reshape(rows, 2, padded).sum(1)
+    def join(product, count):
+        """High plus low halves."""
+        return product.reshape(2, padded, count).sum(0)
 
     @pl.when((first_chunk < middle_ref[1]) & (first_chunk + block_chunks > middle_ref[0]))
     def _():
         token = first_chunk * chunk_size + jnp.arange(tokens)
         held = token < chunks * chunk_size
-        byte = jnp.arange(bytes_padded)
+        byte, column = jnp.arange(bytes_padded), jnp.arange(columns)
         real = byte < code_bytes
         codes = plgpu.load(
-            codes_ref.at[k, token[:, None], byte[None, :]], mask=held[:, None] & real[None, :], other=0, eviction_policy="evict_first"
+            codes_ref.at[k, token[None, :], byte[:, None]], mask=held[None, :] & real[:, None], other=0, eviction_policy="evict_first"
         )
         token_scale = plgpu.load(scales_ref.at[k, token], mask=held, other=0).astype(jnp.float32)
         unpack = _unpack_asm if config.unpack == "asm" else _unpack_arithmetic
-        residual = jnp.zeros((tokens, columns), jnp.float32)
+        residual = jnp.zeros((columns, tokens), jnp.float32)
         for quarter in range(4):
-            row = (quarter * code_bytes + byte)[:, None]
-            part = plgpu.load(rotated_ref.at[k, row, jnp.arange(columns)[None, :]], mask=real[:, None], other=0)
-            residual += plgpu.dot(unpack(codes, quarter), part)
-        residual = join(residual, tokens) * (token_scale * -LEVEL_UNIT)[:, None]
-        best = residual.reshape(groups, group_size, padded).max(1)  # the chunk's mean is common to its tokens: it can wait
+            row = (quarter * code_bytes + byte)[None, :]
+            part = plgpu.load(rotated_ref.at[k, row, column[:, None]], mask=real[None, :], other=0)
+            residual += plgpu.dot(part, unpack(codes, quarter))
+        residual = join(residual, tokens) * (token_scale * -LEVEL_UNIT)[None, :]
+        best = residual.reshape(padded, groups, group_size).max(2)  # the chunk's mean is common to its tokens: it can wait
 
         mean_rows = max(16, block_chunks)
         row, dim = jnp.arange(mean_rows), jnp.arange(width)
         chunk = first_chunk + row
-        real_mean = ((row < block_chunks) & (chunk < chunks))[:, None] & (dim < head_dim)[None, :]
-        mean = plgpu.load(means_ref.at[k, chunk[:, None], dim[None, :]], mask=real_mean, other=0)
-
-        queries = plgpu.load(direct_ref.at[k, dim[:, None], jnp.arange(columns)[None, :]], mask=(dim < head_dim)[:, None], other=0)
+        real_mean = ((row < block_chunks) & (chunk < chunks))[None, :] & (dim < head_dim)[:, None]
+        mean = plgpu.load(means_ref.at[k, chunk[None, :], dim[:, None]], mask=real_mean, other=0)
+        queries = plgpu.load(direct_ref.at[k, dim[None, :], column[:, None]], mask=(dim < head_dim)[None, :], other=0)
         high = mean.astype(jnp.bfloat16)
-        base = plgpu.dot(high, queries)
+        base = plgpu.dot(queries, high)
         if mean.dtype != jnp.bfloat16:
-            base += plgpu.dot((mean.astype(jnp.float32) - high.astype(jnp.float32)).astype(jnp.bfloat16), queries)
-        base = join(base, mean_rows).reshape(mean_rows // block_chunks, block_chunks, padded).sum(0)
+            base += plgpu.dot(queries, (mean.astype(jnp.float32) - high.astype(jnp.float32)).astype(jnp.bfloat16))
+        base = join(base, mean_rows).reshape(padded, mean_rows // block_chunks, block_chunks).sum(1)
 
-        score = (best.reshape(block_chunks, pages, padded) + base[:, None, :]).reshape(groups, padded) * scale
+        score = (best.reshape(padded, block_chunks, pages) + base[:, :, None]).reshape(padded, groups) * scale
         group = jnp.arange(groups)
         chunk = first_chunk + group // pages
         head = jnp.arange(padded)
-        live = ((chunk >= middle_ref[0]) & (chunk < middle_ref[1]))[:, None] & (head < heads)[None, :]
+        live = ((chunk >= middle_ref[0]) & (chunk < middle_ref[1]))[None, :] & (head < heads)[:, None]
         score = jnp.where(live, score, -jnp.inf)
-        page = (first_chunk * pages + group)[:, None]
-        plgpu.store(scores_ref.at[k, page, head[None, :]], score, mask=(page < chunks * pages) & (head < padded)[None, :])
-        peak = score.max(0)
-        total = jnp.exp(score - jnp.where(peak > -jnp.inf, peak, 0)[None, :]).sum(0)
+        page = (first_chunk * pages + group)[None, :]
+        plgpu.store(scores_ref.at[k, head[:, None], page], score, mask=(page < chunks * pages) & (head < padded)[:, None])
+        peak = score.max(1)
+        total = jnp.exp(score - jnp.where(peak > -jnp.inf, peak, 0)[:, None]).sum(1)
         partial_ref[k, block, 0, head] = peak
         partial_ref[k, block, 1, head] = total
 
@@ -137,8 +137,8 @@ def _scan_kernel(
 
 
 def scan(
-    direct: Float[Array, "K H 2*Gp"],
-    rotated: Float[Array, "K H 2*Gp"],
+    direct: Float[Array, "K H columns"],
+    rotated: Float[Array, "K H columns"],
     means: Float[Array, "K C H"],
     codes: UInt8[Array, "K S B"],
     scales: Float[Array, "K S"],
@@ -149,8 +149,8 @@ def scan(
     scale: float,
     config: Config,
     interpret: bool,
-) -> tuple[Float[Array, "K P Gp"], Float[Array, "K blocks 2 Gp"]]:
-    """Scores of the groups of the routed middle (chunks middle[0] .. middle[1]-1; -inf elsewhere inside a scanned block, unwritten beyond)."""
+) -> tuple[Float[Array, "K Gp P"], Float[Array, "K blocks 2 Gp"]]:
+    """Scores of the groups of the routed middle (chunks middle[0] .. middle[1]-1; -inf elsewhere in a scanned block, unwritten beyond)."""
     kv_heads, padded = direct.shape[0], direct.shape[2] // 2
     chunks, tokens = means.shape[1], codes.shape[1]
     chunk_size = tokens // chunks
@@ -165,7 +165,7 @@ def scan(
         in_specs=[pl.no_block_spec] * 6,
         out_specs=[pl.no_block_spec] * 2,
         out_shape=[
-            jax.ShapeDtypeStruct((kv_heads, tokens // group_size, padded), jnp.float32),
+            jax.ShapeDtypeStruct((kv_heads, padded, tokens // group_size), jnp.float32),
             jax.ShapeDtypeStruct((kv_heads, blocks, 2, padded), jnp.float32),
         ],
         compiler_params=plgpu.CompilerParams(num_warps=config.scan_warps, num_stages=1),
@@ -175,7 +175,7 @@ def scan(
 
 
 def _select_kernel(
-    scores_ref,  # [K, P, Gp] f32 device
+    scores_ref,  # [K, Gp, P] f32 device
     partial_ref,  # [K, blocks, 2, Gp] f32 device
     window_ref,  # [K, splits, 2, G] f32 device: the same of the exact window scores
     stamps_ref,  # [K, P] i32 device
@@ -190,7 +190,7 @@ def _select_kernel(
     config: Config,
 ):
     k = pl.program_id(0)
-    pages, padded = scores_ref.shape[1], scores_ref.shape[2]
+    padded, pages = scores_ref.shape[1], scores_ref.shape[2]
     capacity = ids_ref.shape[1]
     step = min(config.select_pages, pl.next_power_of_2(pages))
     head = jnp.arange(padded)
@@ -201,7 +201,7 @@ def _select_kernel(
         page = i * step + jnp.arange(step)
         stamps = plgpu.load(stamps_ref.at[k, page], mask=page < end, other=-2)
         middle = (page < end) & (page >= first)
-        return page, stamps, middle, plgpu.load(scores_ref.at[k, page[:, None], head[None, :]], mask=middle[:, None], other=-jnp.inf)
+        return page, stamps, middle, plgpu.load(scores_ref.at[k, head[:, None], page[None, :]], mask=middle[None, :], other=-jnp.inf)
 
     everything = load_step(0) if one_step else None
 
@@ -229,7 +229,7 @@ def _select_kernel(
 
     def decide(loaded, listed, fresh_before, room):
         page, stamps, middle, scores = loaded
-        wanted = jnp.max((scores >= bound[None, :]).astype(jnp.int32), axis=1) * middle.astype(jnp.int32)
+        wanted = jnp.max((scores >= bound[:, None]).astype(jnp.int32), axis=0) * middle.astype(jnp.int32)
         seen = (stamps >= own - 1).astype(jnp.int32)
         if room is None:
             room = jnp.maximum(capacity - jnp.sum(seen), 0)
@@ -256,7 +256,7 @@ def _select_kernel(
 
 
 def select(
-    scores: Float[Array, "K P Gp"],
+    scores: Float[Array, "K Gp P"],
     partials: Float[Array, "K blocks 2 Gp"],
     window: Float[Array, "K splits 2 G"],
     stamps: Int[Array, "K P"],
@@ -268,8 +268,8 @@ def select(
     config: Config,
     interpret: bool,
 ) -> tuple[Int[Array, "K P"], Int[Array, "K M"], Int[Array, "K 2"]]:
-    """Stamps with this token's requests (in place), the visible pages in ascending order, and [pages listed, requests refused] a kv head."""
-    kv_heads, pages, _ = scores.shape
+    """Stamps with this token's requests (in place), the visible pages in ascending order, and [listed, refused] a kv head."""
+    kv_heads, _, pages = scores.shape
     check_offsets(scores=scores)
     kernel = partial(_select_kernel, pages_per_chunk=pages_per_chunk, threshold=threshold, heads=window.shape[3], config=config)
     return pl.pallas_call(

@@ -8,7 +8,21 @@ LEVELS = np.array([-1.5104, -0.4528, 0.4528, 1.5104])
 
 
 def reference_routing(
-    query, rotated, means, codes, scales, stamps, window_scores, own_chunk, *, sink_chunks, local_chunks, group_size, threshold, capacity, scale
+    query,
+    rotated,
+    means,
+    codes,
+    scales,
+    stamps,
+    window_scores,
+    own_chunk,
+    *,
+    sink_chunks,
+    local_chunks,
+    group_size,
+    threshold,
+    capacity,
+    scale,
 ):
     """codes are unpacked [K, S, H]; window_scores [K, G, W] exact scaled scores of the window tokens.
 
