@@ -11,15 +11,15 @@ from pallas_kernels.limits import power_of_two
 @dataclass(frozen=True)
 class Config:
     """block_chunks: chunks of sketches one program scans. scan_warps: its warps.
-    unpack: how codes become float16 levels, "asm" (PTX, 3 instructions a code, any GPU since SM80) or "arithmetic" (also interpret mode).
+    unpack: how codes become float16 levels, "asm" (PTX, any GPU since SM80) or "arithmetic" (also interpret mode).
     select_pages, select_warps: pages that the selecting program of a kv head looks at in one step, and its warps.
     """
 
-    block_chunks: int = 4
-    scan_warps: int = 4
+    block_chunks: int = 2
+    scan_warps: int = 2
     unpack: Literal["asm", "arithmetic"] = "asm"
     select_pages: int = 4096
-    select_warps: int = 16
+    select_warps: int = 8
 
     def __post_init__(self):
         for name in ("block_chunks", "scan_warps", "select_pages", "select_warps"):

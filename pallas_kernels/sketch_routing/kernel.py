@@ -22,35 +22,52 @@ from jaxtyping import Array, Float, Int, UInt8
 from pallas_kernels.limits import check_offsets, power_of_two
 from pallas_kernels.sketch_routing.config import Config
 
-INNER, OUTER = 283 / 256, 944 / 256  # 0.4528 and 1.5104, the Lloyd-Max levels of a unit Gaussian, over LEVEL_UNIT
-LEVEL_UNIT = 0.4096
+INNER, OUTER = 849 / 512, 2832 / 512  # 0.4528 and 1.5104, the Lloyd-Max levels of a unit Gaussian, over LEVEL_UNIT
+LEVEL_UNIT = 0.4528 / INNER
 _INNER_BITS, _OUTER_BITS = (int(np.float16(level).view(np.uint16)) for level in (INNER, OUTER))
 
 
 def _unpack_arithmetic(codes: Array, quarter: int) -> Array:
-    """Minus the level of code `quarter` of each byte, float16."""
+    """The level of code `quarter` of each byte over LEVEL_UNIT, float16."""
     field = codes.astype(jnp.int32) >> (2 * quarter)
     outer = 1 - ((field ^ (field >> 1)) & 1)
-    bits = (_INNER_BITS + outer * (_OUTER_BITS - _INNER_BITS)) | ((field & 2) << 14)
+    bits = (_INNER_BITS + outer * (_OUTER_BITS - _INNER_BITS)) | (((field & 2) ^ 2) << 14)
     return lax.bitcast_convert_type(bits.astype(jnp.int16), jnp.float16)
 
 
+def _half_pair(value: float) -> int:
+    """The same float16 in both halves of a register; the value must be exact."""
+    if float(np.float16(value)) != value:
+        raise ValueError(f"{value=} is not a float16")
+    return int(np.float16(value).view(np.uint16)) * 0x10001
+
+
 def _unpack_asm(codes: Array, quarter: int) -> Array:
-    """The same for four bytes in one register, two float16 lanes at a time."""
+    """The same for four bytes in one register, two float16 lanes at a time.
+
+    Integer instructions run at half rate on Hopper, so most of the work is float16: with the code c in the mantissa of 1024 + 4^j c,
+    y = c - 1.5 is one fused multiply-add, and the level is y (1674 + 95 y^2) / 512, whose rounding gives 849 / 512 and 2832 / 512 exactly.
+    """
+    place = max(quarter, 1)  # the lowest field is moved up by one: 1024 + 1.5 has no exact float16
+    shift, unit = "shl.b32 t, t, 2;" if quarter == 0 else "", 4.0**-place
 
     def lane_pair(out: str, selector: str) -> str:
         return f"""
         prmt.b32 t, $2, 0, {selector};
-        shr.b32 x, t, {2 * quarter};
-        shr.b32 y, t, {2 * quarter + 1};
-        lop3.b32 e, x, y, 0x00010001, 0x82;
-        mad.lo.u32 m, e, {_OUTER_BITS - _INNER_BITS}, {_INNER_BITS * 0x10001};
-        shl.b32 s, t, {14 - 2 * quarter};
-        lop3.b32 {out}, s, 0x80008000, m, 0xea;
+        {shift}
+        lop3.b32 v, t, {0x00030003 << (2 * place)}, {_half_pair(1024.0)}, 0xea;
+        fma.rn.f16x2 y, v, unit, offset;
+        mul.rn.f16x2 s, y, y;
+        fma.rn.f16x2 s, s, cubic, linear;
+        mul.rn.f16x2 {out}, y, s;
         """
 
-    asm = "{ .reg .b32 t, x, y, e, m, s;" + lane_pair("$0", "0x4140") + lane_pair("$1", "0x4342") + "}"
-    # lop3 0x82 is (not (x xor y)) and mask: outer levels are codes 0 and 3, whose two bits agree. 0xea is (s and sign) or m.
+    asm = f"""{{ .reg .b32 t, v, y, s, unit, offset, cubic, linear;
+        mov.b32 unit, {_half_pair(unit)};
+        mov.b32 offset, {_half_pair(-1024 * unit - 1.5)};
+        mov.b32 cubic, {_half_pair(95 / 512)};
+        mov.b32 linear, {_half_pair(1674 / 512)};
+        {lane_pair("$0", "0x4140")} {lane_pair("$1", "0x4342")} }}"""  # lop3 0xea: (t and mask) or 1024
     [levels] = plgpu.elementwise_inline_asm(
         asm, args=[codes], constraints="=r,=r,r", pack=4, result_shape_dtypes=[jax.ShapeDtypeStruct(codes.shape, jnp.float16)]
     )
@@ -64,7 +81,7 @@ def _scan_kernel(
     codes_ref,  # [K, S, H/4] u8 device
     scales_ref,  # [K, S] device
     middle_ref,  # [3] i32 device: first chunk of the routed middle, chunk after its last, own chunk
-    scores_ref,  # [K, Gp, P] f32 device, out
+    scores_ref,  # [K, P, Gp] f32 device, out
     partial_ref,  # [K, blocks, 2, Gp] f32 device, out: largest score of the block and sum of exp(score - largest)
     *,
     heads: int,
@@ -75,57 +92,57 @@ def _scan_kernel(
 ):
     k, block = pl.program_id(0), pl.program_id(1)
     head_dim, code_bytes, chunks = means_ref.shape[2], codes_ref.shape[2], means_ref.shape[1]
-    width, bytes_padded, padded = pl.next_power_of_2(head_dim), max(16, pl.next_power_of_2(code_bytes)), scores_ref.shape[1]
+    width, bytes_padded, padded = pl.next_power_of_2(head_dim), max(16, pl.next_power_of_2(code_bytes)), scores_ref.shape[2]
     columns = 2 * padded
     block_chunks, pages = config.block_chunks, chunk_size // group_size
     tokens, groups = block_chunks * chunk_size, block_chunks * pages
     first_chunk = block * block_chunks
 
-    def join(product, count):
-        """High plus low halves."""
-        return product.reshape(2, padded, count).sum(0)
+    def join(product, rows):
+        return product.reshape(rows, 2, padded).sum(1)
 
     @pl.when((first_chunk < middle_ref[1]) & (first_chunk + block_chunks > middle_ref[0]))
     def _():
         token = first_chunk * chunk_size + jnp.arange(tokens)
         held = token < chunks * chunk_size
-        byte, column = jnp.arange(bytes_padded), jnp.arange(columns)
+        byte = jnp.arange(bytes_padded)
         real = byte < code_bytes
         codes = plgpu.load(
-            codes_ref.at[k, token[None, :], byte[:, None]], mask=held[None, :] & real[:, None], other=0, eviction_policy="evict_first"
+            codes_ref.at[k, token[:, None], byte[None, :]], mask=held[:, None] & real[None, :], other=0, eviction_policy="evict_first"
         )
         token_scale = plgpu.load(scales_ref.at[k, token], mask=held, other=0).astype(jnp.float32)
         unpack = _unpack_asm if config.unpack == "asm" else _unpack_arithmetic
-        residual = jnp.zeros((columns, tokens), jnp.float32)
+        residual = jnp.zeros((tokens, columns), jnp.float32)
         for quarter in range(4):
-            row = (quarter * code_bytes + byte)[None, :]
-            part = plgpu.load(rotated_ref.at[k, row, column[:, None]], mask=real[None, :], other=0)
-            residual += plgpu.dot(part, unpack(codes, quarter))
-        residual = join(residual, tokens) * (token_scale * -LEVEL_UNIT)[None, :]
-        best = residual.reshape(padded, groups, group_size).max(2)  # the chunk's mean is common to its tokens: it can wait
+            row = (quarter * code_bytes + byte)[:, None]
+            part = plgpu.load(rotated_ref.at[k, row, jnp.arange(columns)[None, :]], mask=real[:, None], other=0)
+            residual += plgpu.dot(unpack(codes, quarter), part)
+        residual = join(residual, tokens) * (token_scale * LEVEL_UNIT)[:, None]
+        best = residual.reshape(groups, group_size, padded).max(1)  # the chunk's mean is common to its tokens: it can wait
 
         mean_rows = max(16, block_chunks)
         row, dim = jnp.arange(mean_rows), jnp.arange(width)
         chunk = first_chunk + row
-        real_mean = ((row < block_chunks) & (chunk < chunks))[None, :] & (dim < head_dim)[:, None]
-        mean = plgpu.load(means_ref.at[k, chunk[None, :], dim[:, None]], mask=real_mean, other=0)
-        queries = plgpu.load(direct_ref.at[k, dim[None, :], column[:, None]], mask=(dim < head_dim)[None, :], other=0)
-        high = mean.astype(jnp.bfloat16)
-        base = plgpu.dot(queries, high)
-        if mean.dtype != jnp.bfloat16:
-            base += plgpu.dot(queries, (mean.astype(jnp.float32) - high.astype(jnp.float32)).astype(jnp.bfloat16))
-        base = join(base, mean_rows).reshape(padded, mean_rows // block_chunks, block_chunks).sum(1)
+        real_mean = ((row < block_chunks) & (chunk < chunks))[:, None] & (dim < head_dim)[None, :]
+        mean = plgpu.load(means_ref.at[k, chunk[:, None], dim[None, :]], mask=real_mean, other=0)
 
-        score = (best.reshape(padded, block_chunks, pages) + base[:, :, None]).reshape(padded, groups) * scale
+        queries = plgpu.load(direct_ref.at[k, dim[:, None], jnp.arange(columns)[None, :]], mask=(dim < head_dim)[:, None], other=0)
+        high = mean.astype(jnp.bfloat16)
+        base = plgpu.dot(high, queries)
+        if mean.dtype != jnp.bfloat16:
+            base += plgpu.dot((mean.astype(jnp.float32) - high.astype(jnp.float32)).astype(jnp.bfloat16), queries)
+        base = join(base, mean_rows).reshape(mean_rows // block_chunks, block_chunks, padded).sum(0)
+
+        score = (best.reshape(block_chunks, pages, padded) + base[:, None, :]).reshape(groups, padded) * scale
         group = jnp.arange(groups)
         chunk = first_chunk + group // pages
         head = jnp.arange(padded)
-        live = ((chunk >= middle_ref[0]) & (chunk < middle_ref[1]))[None, :] & (head < heads)[:, None]
+        live = ((chunk >= middle_ref[0]) & (chunk < middle_ref[1]))[:, None] & (head < heads)[None, :]
         score = jnp.where(live, score, -jnp.inf)
-        page = (first_chunk * pages + group)[None, :]
-        plgpu.store(scores_ref.at[k, head[:, None], page], score, mask=(page < chunks * pages) & (head < padded)[:, None])
-        peak = score.max(1)
-        total = jnp.exp(score - jnp.where(peak > -jnp.inf, peak, 0)[:, None]).sum(1)
+        page = (first_chunk * pages + group)[:, None]
+        plgpu.store(scores_ref.at[k, page, head[None, :]], score, mask=(page < chunks * pages) & (head < padded)[None, :])
+        peak = score.max(0)
+        total = jnp.exp(score - jnp.where(peak > -jnp.inf, peak, 0)[None, :]).sum(0)
         partial_ref[k, block, 0, head] = peak
         partial_ref[k, block, 1, head] = total
 
@@ -149,7 +166,7 @@ def scan(
     scale: float,
     config: Config,
     interpret: bool,
-) -> tuple[Float[Array, "K Gp P"], Float[Array, "K blocks 2 Gp"]]:
+) -> tuple[Float[Array, "K P Gp"], Float[Array, "K blocks 2 Gp"]]:
     """Scores of the groups of the routed middle (chunks middle[0] .. middle[1]-1; -inf elsewhere in a scanned block, unwritten beyond)."""
     kv_heads, padded = direct.shape[0], direct.shape[2] // 2
     chunks, tokens = means.shape[1], codes.shape[1]
@@ -165,7 +182,7 @@ def scan(
         in_specs=[pl.no_block_spec] * 6,
         out_specs=[pl.no_block_spec] * 2,
         out_shape=[
-            jax.ShapeDtypeStruct((kv_heads, padded, tokens // group_size), jnp.float32),
+            jax.ShapeDtypeStruct((kv_heads, tokens // group_size, padded), jnp.float32),
             jax.ShapeDtypeStruct((kv_heads, blocks, 2, padded), jnp.float32),
         ],
         compiler_params=plgpu.CompilerParams(num_warps=config.scan_warps, num_stages=1),
@@ -175,7 +192,7 @@ def scan(
 
 
 def _select_kernel(
-    scores_ref,  # [K, Gp, P] f32 device
+    scores_ref,  # [K, P, Gp] f32 device
     partial_ref,  # [K, blocks, 2, Gp] f32 device
     window_ref,  # [K, splits, 2, G] f32 device: the same of the exact window scores
     stamps_ref,  # [K, P] i32 device
@@ -190,7 +207,7 @@ def _select_kernel(
     config: Config,
 ):
     k = pl.program_id(0)
-    padded, pages = scores_ref.shape[1], scores_ref.shape[2]
+    pages, padded = scores_ref.shape[1], scores_ref.shape[2]
     capacity = ids_ref.shape[1]
     step = min(config.select_pages, pl.next_power_of_2(pages))
     head = jnp.arange(padded)
@@ -201,7 +218,7 @@ def _select_kernel(
         page = i * step + jnp.arange(step)
         stamps = plgpu.load(stamps_ref.at[k, page], mask=page < end, other=-2)
         middle = (page < end) & (page >= first)
-        return page, stamps, middle, plgpu.load(scores_ref.at[k, head[:, None], page[None, :]], mask=middle[None, :], other=-jnp.inf)
+        return page, stamps, middle, plgpu.load(scores_ref.at[k, page[:, None], head[None, :]], mask=middle[:, None], other=-jnp.inf)
 
     everything = load_step(0) if one_step else None
 
@@ -229,7 +246,7 @@ def _select_kernel(
 
     def decide(loaded, listed, fresh_before, room):
         page, stamps, middle, scores = loaded
-        wanted = jnp.max((scores >= bound[:, None]).astype(jnp.int32), axis=0) * middle.astype(jnp.int32)
+        wanted = jnp.max((scores >= bound[None, :]).astype(jnp.int32), axis=1) * middle.astype(jnp.int32)
         seen = (stamps >= own - 1).astype(jnp.int32)
         if room is None:
             room = jnp.maximum(capacity - jnp.sum(seen), 0)
@@ -256,7 +273,7 @@ def _select_kernel(
 
 
 def select(
-    scores: Float[Array, "K Gp P"],
+    scores: Float[Array, "K P Gp"],
     partials: Float[Array, "K blocks 2 Gp"],
     window: Float[Array, "K splits 2 G"],
     stamps: Int[Array, "K P"],
@@ -269,7 +286,7 @@ def select(
     interpret: bool,
 ) -> tuple[Int[Array, "K P"], Int[Array, "K M"], Int[Array, "K 2"]]:
     """Stamps with this token's requests (in place), the visible pages in ascending order, and [listed, refused] a kv head."""
-    kv_heads, _, pages = scores.shape
+    kv_heads, pages, _ = scores.shape
     check_offsets(scores=scores)
     kernel = partial(_select_kernel, pages_per_chunk=pages_per_chunk, threshold=threshold, heads=window.shape[3], config=config)
     return pl.pallas_call(
