@@ -1,6 +1,7 @@
 """Attention of one decoded token, all layers in one program: routing, fetch, attention; beside dense decode and whole-layer copies.
 
-Random keys, and stamps that make the chosen number of pages visible, so that the work is what the options say. Every timed program is
+Random keys. Sketch policy: stamps make the chosen number of pages visible, so that the work is what the options say. Paper policy: what 16
+chunks and 64 groups open, whose union over random heads is wide; `tokens_listed` is counted in the checked layer. Every timed program is
 checked first: its outputs against the XLA twin on the same arrays.
 """
 
@@ -125,7 +126,7 @@ def make_layer(case: Case, seed: int, store: Any) -> dict[str, Any]:
 
 
 def layer_step(case: Case, query, rotation, layer: dict, state: dict, store, configs: dict, implementation: str):
-    """One layer's decode attention: (output [K, G, H], new state)."""
+    """One layer's decode attention: (output [K, G, H], new state, [pages listed, refused] a kv head)."""
     attention = {"implementation": implementation, "config": configs["attention"]}
     own = jnp.int32(case.history // CHUNK)
     valid = jnp.where(jnp.arange(WINDOW_PAGES) == WINDOW_PAGES - CHUNK // GROUP, 1, GROUP) * (
@@ -149,7 +150,7 @@ def layer_step(case: Case, query, rotation, layer: dict, state: dict, store, con
         )  # fmt: skip
         state, ids, counts, seen_by = state | {"marks": pages.marks}, pages.ids, pages.counts, pages.heads
     if not case.attend:
-        return query, state
+        return query, state, counts
     bank, plan = state.get("bank"), None
     if bank is not None:
         recency = state["stamps"] if case.policy == "sketch" else jnp.zeros((case.kv_heads, case.pages), jnp.int32)
@@ -159,7 +160,7 @@ def layer_step(case: Case, query, rotation, layer: dict, state: dict, store, con
     )
     if bank is not None:
         state = state | {"bank": bank}
-    return routed_decode_attention.merge([windows, routed], query.dtype, **attention), state
+    return routed_decode_attention.merge([windows, routed], query.dtype, **attention), state, counts
 
 
 def token_program(case: Case, configs: dict, steps: int, store_kind: str) -> Callable:
@@ -171,7 +172,7 @@ def token_program(case: Case, configs: dict, steps: int, store_kind: str) -> Cal
             query, states = carry
             new = []
             for const, store, state in zip(consts, stores, states, strict=True):
-                query, state = layer_step(case, query, rotation, const, state, store, configs, "pallas")
+                query, state, _ = layer_step(case, query, rotation, const, state, store, configs, "pallas")
                 new.append(state)
             return query, tuple(new)
 
@@ -219,10 +220,11 @@ def measure(case: Case, layers: list[dict], configs: dict, *, steps: int = 8, re
     consts, stores = tuple(x["const"] for x in layers), tuple(x["store"] for x in layers)
     states = jax.tree.map(lambda x: x + 0, tuple(x["state"] for x in layers))
     first = jax.jit(
-        lambda q, r, const, store, state, name: layer_step(case, q, r, const, state, store, configs, name)[0],
+        lambda q, r, const, store, state, name: layer_step(case, q, r, const, state, store, configs, name)[::2],
         static_argnums=5, in_shardings=(device, device, device, sharding(kind), device), out_shardings=device,
     )  # fmt: skip
-    out = np.asarray(first(query, rotation, consts[0], stores[0], states[0], "pallas"), np.float32)
+    out, counts = first(query, rotation, consts[0], stores[0], states[0], "pallas")
+    out, listed = np.asarray(out, np.float32), float(np.mean(np.asarray(counts)[:, 0])) * GROUP
     store = jax.device_put(stores[0], device)
     twin = jax.jit(lambda q, r, const, store, state: layer_step(case, q, r, const, state, store, configs, "xla")[0])
     expected = np.asarray(twin(query, rotation, consts[0], store, states[0]), np.float32)
@@ -242,6 +244,7 @@ def measure(case: Case, layers: list[dict], configs: dict, *, steps: int = 8, re
     seconds = median_seconds(call, repeats)
     result = {
         "tier": case.tier, "policy": case.policy, "history": case.history, "layers": case.layers, "tokens": case.tokens,
+        "tokens_listed": listed,
         "ms_per_token": seconds / steps * 1e3, "us_per_layer": seconds / steps / case.layers * 1e6, "relative_error": error,
         "checked": error < 1e-2, "compile_seconds": compile_seconds,
     }  # fmt: skip
@@ -290,13 +293,13 @@ def dense_decode(case: Case, implementation: str, steps: int = 8) -> dict[str, A
     return {"ms_per_token": seconds * 1e3, "us_per_layer": seconds / case.layers * 1e6, "gb_s": moved / seconds / 1e9}
 
 
-def floors(case: Case, ceilings: dict[str, float]) -> dict[str, float]:
-    """Bytes a layer must move, and the microseconds that takes at the measured ceilings (device reads at the copy's read + write rate)."""
+def floors(case: Case, tokens: float, ceilings: dict[str, float]) -> dict[str, float]:
+    """Bytes a layer must move to attend to `tokens` routed tokens a kv head, and the microseconds that takes at the measured ceilings (device reads at the copy's read + write rate)."""
     k, h = case.kv_heads, case.head_dim
     routing = k * (case.history * (h // 4 + 2) + case.history // CHUNK * h * 2)
     if case.policy == "paper":
         routing = k * (case.history // CHUNK) * h * 2 + case.heads * 64 * h * 2
-    windows, pages = k * WINDOW_PAGES * GROUP * h * 4, k * case.tokens * h * 4
+    windows, pages = k * WINDOW_PAGES * GROUP * h * 4, k * tokens * h * 4
     result = {"routing_bytes": routing, "window_bytes": windows, "page_bytes": pages}
     hbm, pcie = ceilings["hbm_gb_s"] * 1e3, ceilings.get("pcie_gb_s", float("nan")) * 1e3
     result["routing_us"] = routing / hbm
@@ -338,6 +341,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--dense", action="store_true", help="also dense decode on the device, XLA and cuDNN")
     parser.add_argument("--json", help="write the results here")
     options = parser.parse_args(argv)
+    if "paper" in options.policy and "bank" in options.tier:
+        parser.error(
+            "--policy paper --tier bank: the bank is measured with the sketch policy's stamps; choose --tier device host for paper"
+        )
     layers, heads, kv_heads, head_dim = SHAPES[options.shape]
     ceilings = copy_ceilings()
     print(environment(), {name: round(value) for name, value in ceilings.items()}, flush=True)
@@ -355,7 +362,7 @@ def main(argv: list[str]) -> None:
                         case = Case(layers, heads, kv_heads, head_dim, history, tokens, policy, tier)
                         made = [make_layer(case, i, stores[i % len(stores)]) for i in range(layers)]
                         result = measure(case, made, default_configs(), steps=options.steps, trace=True)
-                        result["floor"] = floors(case, ceilings)
+                        result["floor"] = floors(case, result["tokens_listed"], ceilings)
                         report["results"].append(result)
                         print_result(result)
             del stores
@@ -379,7 +386,7 @@ def main(argv: list[str]) -> None:
 
 def print_result(result: dict[str, Any]) -> None:
     print(
-        f"history {result['history']:7d} {result['policy']:6s} {result['tier']:6s} routed {result['tokens']:5d}: "
+        f"history {result['history']:7d} {result['policy']:6s} {result['tier']:6s} routed {result['tokens_listed']:5.0f}: "
         f"{result['ms_per_token']:7.3f} ms/token ({result['us_per_layer']:6.1f} us/layer, floor {result['floor']['ms_per_token']:.3f} ms), "
         f"{result.get('launches_per_token', 0):.0f} launches, "
         f"error {result['relative_error']:.1e} {'ok' if result['checked'] else 'WRONG'}, compiled in {result['compile_seconds']:.0f} s",

@@ -13,13 +13,16 @@ class Config:
     """block_chunks: chunks of sketches one program scans. scan_warps: its warps.
     unpack: how codes become float16 levels, "asm" (PTX, any GPU since SM80) or "arithmetic" (also interpret mode).
     select_pages, select_warps: pages that the selecting program of a kv head looks at in one step, and its warps.
+
+    Measured on an H100, 64K history, 4 kv heads of 8 heads, 128 wide: scan 13.3 us at (4, 4), 13.2 at (2, 1), 13.7 at (4, 2), 15 at (2, 2);
+    fewer chunks a block make more partial sums, and selection with 8 warps went from 7 to 31 us over 512 of them.
     """
 
-    block_chunks: int = 2
-    scan_warps: int = 2
+    block_chunks: int = 4
+    scan_warps: int = 4
     unpack: Literal["asm", "arithmetic"] = "asm"
     select_pages: int = 4096
-    select_warps: int = 8
+    select_warps: int = 16
 
     def __post_init__(self):
         for name in ("block_chunks", "scan_warps", "select_pages", "select_warps"):
