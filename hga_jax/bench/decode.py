@@ -294,7 +294,10 @@ def dense_decode(case: Case, implementation: str, steps: int = 8) -> dict[str, A
 
 
 def floors(case: Case, tokens: float, ceilings: dict[str, float]) -> dict[str, float]:
-    """Bytes a layer must move to attend to `tokens` routed tokens a kv head, and the microseconds that takes at the measured ceilings (device reads at the copy's read + write rate)."""
+    """Bytes a layer must move to attend to `tokens` routed tokens a kv head, and the microseconds that takes at the measured ceilings.
+
+    Device reads are taken at the copy's read + write rate.
+    """
     k, h = case.kv_heads, case.head_dim
     routing = k * (case.history * (h // 4 + 2) + case.history // CHUNK * h * 2)
     if case.policy == "paper":
