@@ -1,4 +1,4 @@
-"""The selection policies as data: what is remembered of closed chunks, and how a block of queries turns it into opened pages."""
+"""The selection policies as data: what is remembered of closed chunks, what queries request of it, and what is granted."""
 
 from __future__ import annotations
 
@@ -8,22 +8,25 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from hga_jax.config import HGAConfig, RopeConfig
-from hga_jax.routing import Routed, route_threshold, route_top
+from hga_jax.routing import Granted, grant_each, grant_remembered, request_by_threshold, request_top
 from hga_jax.sketches import built_in_rotation, key_sketches
 from hga_jax.summaries import key_sums
 
 
 class Policy(NamedTuple):
     """summarise: post-RoPE keys [K, whole chunks, H] -> summaries, any pytree that summaries.write understands.
-    route: (query [K, G, Q, H], live [Q], own chunk, summaries, stamps, log of the window scores' summed exponentials [K, G, Q]) ->
-    routing.Routed. remembers: whether requests outlive their block; then `route` takes and returns a stamp a page.
+    request: (query [K, B, G, Q, H] of B neighbouring chunks, live [B, Q], their chunks [B], summaries, log of the window scores' summed
+    exponentials [K, B, G, Q]) -> what those queries ask for, any pytree; needs nothing of what was requested before.
+    grant: (requests, b, chunk of block b, stamps) -> routing.Granted: the pages open to block b; called block by block.
+    remembers: whether requests outlive their block; then `grant` takes and returns a stamp a page.
     """
 
     summarise: Callable[[Float[Array, "K S H"]], Any]
-    route: Callable[..., Routed]
+    request: Callable[..., Any]
+    grant: Callable[..., Granted]
     remembers: bool
 
     def new_stamps(self, kv_heads: int, pages: int) -> Int[Array, "K P"] | None:
@@ -38,22 +41,11 @@ def policy_for(
     if config.policy == "paper":
         if config.summary == "mixed_rope" and rope is None:
             raise ValueError("summary='mixed_rope' needs rope=RopeConfig(theta=...): give the keys' rotation or choose summary='mean'")
-        return Policy(partial(key_sums, config=config, rope=rope), partial(_route_paper, config=config), remembers=False)
+        return Policy(partial(key_sums, config=config, rope=rope), partial(request_top, config=config), grant_each, remembers=False)
     rotation = jnp.asarray(built_in_rotation(head_dim) if rotation is None else rotation, jnp.float32)
     return Policy(
         partial(key_sketches, chunk_size=config.chunk_size, rotation=rotation),
-        partial(route_threshold, config=config, rotation=rotation, scale=scale),
+        partial(request_by_threshold, config=config, rotation=rotation, scale=scale),
+        partial(grant_remembered, capacity=config.page_capacity),
         remembers=True,
     )
-
-
-def _route_paper(
-    query: Float[Array, "K G Q H"],
-    live: Bool[Array, " Q"],
-    own_chunk: Array,
-    summaries: Any,
-    stamps: None,
-    window_mass: Array,
-    config: HGAConfig,
-) -> Routed:
-    return Routed(route_top(query, live, own_chunk, summaries, config), stamps, jnp.int32(0), jnp.float32(0))

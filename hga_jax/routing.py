@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import jax
@@ -16,6 +16,7 @@ from hga_jax.pytree import register
 from hga_jax.sketches import KeySketches, estimated_keys
 from hga_jax.summaries import KeySums
 
+SMALLEST_RUNG = 128  # chunks below which scoring fewer of them gains nothing
 CHUNKS_AT_ONCE = 16  # chunks whose sketches are read in one step of a scan: 1024 tokens, enough for full-speed matmuls
 _EXACT = lax.Precision.HIGHEST  # a threshold is compared with: no TF32
 
@@ -34,9 +35,9 @@ class Selection:
     used: Int[Array, ""]
 
 
-class Routed(NamedTuple):
-    """What routing a block gives: the opened pages, the remembered requests, pages refused for lack of room (summed over kv heads), and
-    the estimated attention mass of unopened pages (summed over live queries, averaged over heads)."""
+class Granted(NamedTuple):
+    """The pages open to one block, the remembered requests, page requests refused for lack of room (summed over kv heads), and the
+    estimated attention mass of unopened pages (summed over live queries, averaged over heads)."""
 
     selection: Selection
     stamps: Int[Array, "K P"] | None
@@ -61,81 +62,143 @@ def largest(scores: Float[Array, "*rows n"], count: int) -> Bool[Array, "*rows n
     return (ordered >= bound) & (scores > -jnp.inf)
 
 
-def _requests(scores: Float[Array, "*B Q n"], count: int, rows: Int[Array, "Q 1"]) -> tuple[Float[Array, "*B n"], Int[Array, "*B n"]]:
+def _requests(scores: Float[Array, "*B Q n"], count: int) -> tuple[Float[Array, "*B n"], Int[Array, "*B n"]]:
     """Each row asks for its `count` best: (best score among the rows that asked or -inf, first row that asked or Q)."""
     asked = largest(scores, count)
+    rows = jnp.arange(scores.shape[-2])[:, None]
     shared = jnp.max(jnp.where(asked, scores, -jnp.inf), axis=-2)
-    return shared, jnp.min(jnp.where(asked, rows, rows.shape[0]), axis=-2)
+    return shared, jnp.min(jnp.where(asked, rows, len(rows)), axis=-2)
 
 
-def route_top(
-    query: Float[Array, "K G Q H"], live: Bool[Array, " Q"], own_chunk: Int[Array, ""], summaries: KeySums, config: HGAConfig
+def request_top(
+    query: Float[Array, "K B G Q H"],
+    live: Bool[Array, "B Q"],
+    own_chunks: Int[Array, " B"],
+    summaries: KeySums,
+    window_mass: Array,
+    *,
+    config: HGAConfig,
 ) -> Selection:
-    """The paper's rule: every query asks for its best chunks, then its best groups among those it sees; the block shares two cuts.
+    """The paper's rule: every query asks for its best chunks, then its best groups among those it sees; each block shares two cuts.
 
-    Rows that are not live ask for nothing. One row alone is the paper's decode rule. Source: arXiv 2606.30709.
+    Rows that are not live ask for nothing. One row alone is the paper's decode rule. Selections have a leading axis B. `window_mass` plays
+    no part. Source: arXiv 2606.30709.
     """
-    kv_heads, ratio, length, _ = query.shape
-    chunks, pages = summaries.chunks.shape[1], config.groups_per_chunk
-    query = query.astype(jnp.float32)
-    rows = jnp.arange(length)[:, None]
-    chunk = jnp.arange(chunks)
-    middle_end = own_chunk - config.local_chunks
-    middle = (chunk >= config.sink_chunks) & (chunk < middle_end)
 
-    scores = jnp.einsum("kgqh,kmh->kgqm", query, summaries.chunks.astype(jnp.float32))
-    scores = jnp.where(middle & live[:, None], scores, -jnp.inf)
-    shared, first = _requests(scores, config.top_chunks, rows)
-    best, selected = lax.top_k(shared, min(config.top_chunks, chunks))  # [K, G, n]
-    since = jnp.where(best > -jnp.inf, jnp.take_along_axis(first, selected, axis=-1), length)
+    def one(item: tuple[Array, Array, Array]) -> Selection:
+        block, live, own_chunk = item
+        block = block.astype(jnp.float32)
+        selected, since = _selected_chunks(block, live, own_chunk, summaries.chunks, config)
+        return _selected_groups(block, live, own_chunk, selected, since, summaries.groups, config)
+
+    return lax.map(one, (query.swapaxes(0, 1), live, own_chunks))
+
+
+def _selected_chunks(
+    query: Float[Array, "K G Q H"], live: Bool[Array, " Q"], own_chunk: Int[Array, ""], sums: Float[Array, "K chunks H"], config: HGAConfig
+) -> tuple[Int[Array, "K G n"], Int[Array, "K G n"]]:
+    """The chunks a block of queries selects, and the first row that sees each (Q: none)."""
+    chunks, length = sums.shape[1], query.shape[2]
+    middle_end = own_chunk - config.local_chunks
+    count = min(config.top_chunks, chunks)
+
+    def choose(scored: int) -> tuple[Int[Array, "K G n"], Int[Array, "K G n"]]:
+        chunk = jnp.arange(scored)
+        middle = (chunk >= config.sink_chunks) & (chunk < middle_end)
+        scores = jnp.einsum("kgqh,kmh->kgqm", query, sums[:, :scored].astype(jnp.float32))
+        scores = jnp.where(middle & live[:, None], scores, -jnp.inf)
+        shared, first = _requests(scores, config.top_chunks)
+        best, selected = lax.top_k(shared, count)
+        return selected, jnp.where(best > -jnp.inf, jnp.take_along_axis(first, selected, axis=-1), length)
+
+    # Early blocks of a long history score only a half, a quarter, ... of it: sizes must be static.
+    rungs = [chunks]
+    while rungs[0] // 2 >= max(SMALLEST_RUNG, count):
+        rungs.insert(0, -(-rungs[0] // 2))
+    rung = jnp.sum(middle_end > jnp.array(rungs[:-1], jnp.int32))
+    selected, since = lax.switch(rung, [lambda size=size: choose(size) for size in rungs])
     if config.local_chunks == 0:
         # The chunk before the own one is forced in, in place of the lowest shared score: the last slot, which top_k leaves empty or lowest.
         forced, exists = own_chunk - 1, own_chunk - 1 >= config.sink_chunks
-        slot = jnp.arange(selected.shape[-1])
         there = (selected == forced) & (since < length)
-        take = there | ((slot == slot[-1]) & ~there.any(-1, keepdims=True))
+        take = there | ((jnp.arange(count) == count - 1) & ~there.any(-1, keepdims=True))
         selected = jnp.where(exists & take, forced, selected)
         since = jnp.where(exists & take, 0, since)
+    return selected, since
 
-    candidates = (selected[..., None] * pages + jnp.arange(pages)).reshape(kv_heads, ratio, -1)
-    group_sums = jax.vmap(lambda sums, ids: sums[ids])(summaries.groups, candidates).astype(jnp.float32)
+
+def _selected_groups(
+    query: Float[Array, "K G Q H"],
+    live: Bool[Array, " Q"],
+    own_chunk: Int[Array, ""],
+    chunks: Int[Array, "K G n"],
+    since: Int[Array, "K G n"],
+    sums: Float[Array, "K groups H"],
+    config: HGAConfig,
+) -> Selection:
+    """The groups a block of queries selects among those of the chunks it sees."""
+    pages, length = config.groups_per_chunk, query.shape[2]
+    rows = jnp.arange(length)[:, None]
+    candidates = (chunks[..., None] * pages + jnp.arange(pages)).reshape(*chunks.shape[:2], -1)
+    sums = jax.vmap(lambda sums, ids: sums[ids])(sums, candidates).astype(jnp.float32)
     seen = (jnp.repeat(since, pages, axis=-1)[..., None, :] <= rows) & live[:, None]
-    scores = jnp.where(seen, jnp.einsum("kgqh,kgnh->kgqn", query, group_sums), -jnp.inf)
-    shared, since = _requests(scores, config.top_groups // 2, rows)
+    scores = jnp.where(seen, jnp.einsum("kgqh,kgnh->kgqn", query, sums), -jnp.inf)
+    shared, since = _requests(scores, config.top_groups // 2)
     if candidates.shape[-1] > config.top_groups:
         best, slots = lax.top_k(shared, config.top_groups)
         candidates = jnp.take_along_axis(candidates, slots, axis=-1)
         since = jnp.where(best > -jnp.inf, jnp.take_along_axis(since, slots, axis=-1), length)
-    used = jnp.where(middle_end > config.sink_chunks, candidates.shape[-1], 0)
+    used = jnp.where(own_chunk - config.local_chunks > config.sink_chunks, candidates.shape[-1], 0)
     return Selection(candidates, since, used)
 
 
-def route_threshold(
-    query: Float[Array, "K G Q H"],
-    live: Bool[Array, " Q"],
-    own_chunk: Int[Array, ""],
+def grant_each(requests: Selection, block: Int[Array, ""], own_chunk: Int[Array, ""], stamps: None) -> Granted:
+    """Every block gets what it selected; nothing is remembered."""
+    return Granted(jax.tree.map(lambda x: x[block], requests), stamps, jnp.int32(0), jnp.float32(0))
+
+
+@register
+@dataclass(frozen=True)
+class PageRequests:
+    """What the queries of B blocks ask for: length = Q of each of G heads, r = G * Q rows a block.
+
+    first: the first row of the block that asks for the page (Q: none). scores: estimated page scores,
+    that of page p and block b at p * B + b. mass_unit: exp(score - mass_unit) is
+    the page's share of the row's attention mass. routed_mass: that of all routed pages together, 0 for rows that are not live.
+    """
+
+    length: int = field(metadata={"static": True})
+    first: Int[Array, "B K P"]
+    scores: Float[Array, "K PB r"]
+    mass_unit: Float[Array, "K B r"]
+    routed_mass: Float[Array, "K B r"]
+
+
+def request_by_threshold(
+    query: Float[Array, "K B G Q H"],
+    live: Bool[Array, "B Q"],
+    own_chunks: Int[Array, " B"],
     sketches: KeySketches,
-    stamps: Int[Array, "K P"],
-    window_mass: Float[Array, "K G Q"],
+    window_mass: Float[Array, "K B G Q"],
+    *,
     config: HGAConfig,
     rotation: Float[Array, "H H"],
     scale: float,
-) -> Routed:
-    """The sketch policy's rule: a row opens, for all heads of the kv head, every page whose estimated attention mass reaches the threshold
-    for one of them; later rows of its chunk and of the next one see the page too.
+) -> PageRequests:
+    """The sketch policy's rule: a query asks for every page whose estimated share of its attention mass reaches the threshold.
 
-    window_mass: log of the summed exponentials of the exact window scores. stamps: last chunk in which each page was requested, taken and
-    returned. Strictly causal, and the same for one block of rows as for its rows one by one.
+    window_mass: log of the summed exponentials of the exact window scores. Scans every sketch of the routed middle once.
     """
-    kv_heads, ratio, length, width = query.shape
-    pages, total_pages = config.groups_per_chunk, stamps.shape[1]
-    first_page = config.sink_chunks * pages
-    end_page = jnp.maximum(own_chunk - config.local_chunks, config.sink_chunks) * pages
-    rotated = jnp.einsum("krh,hi->kri", query.astype(jnp.float32).reshape(kv_heads, -1, width) * scale, rotation, precision=_EXACT)
-
+    kv_heads, blocks, ratio, length, width = query.shape
+    rows, pages = blocks * ratio * length, config.groups_per_chunk
     chunks = min(CHUNKS_AT_ONCE, sketches.means.shape[1])
     step = chunks * pages
-    tiles = jnp.where(end_page > first_page, -(-end_page // step), 0)
+    total_pages = sketches.means.shape[1] * pages
+    first_page = config.sink_chunks * pages
+    end_pages = jnp.maximum(own_chunks - config.local_chunks, config.sink_chunks) * pages
+    end_of_row = jnp.repeat(end_pages, ratio * length)
+    tiles = jnp.where(end_pages[-1] > first_page, -(-end_pages[-1] // step), 0)
+    rotated = jnp.einsum("krh,hi->kri", query.astype(jnp.float32).reshape(kv_heads, rows, width) * scale, rotation, precision=_EXACT)
 
     def begin_of(tile: Array) -> Array:
         return jnp.minimum(tile * chunks, sketches.means.shape[1] - chunks)  # the last tile may reach back over pages already done
@@ -145,46 +208,62 @@ def route_threshold(
         begin = begin_of(tile)
         estimates = estimated_keys(sketches, begin, chunks, rotation)
         tokens = jnp.einsum("ksh,krh->ksr", estimates, rotated, precision=_EXACT)
-        fresh = tokens.reshape(kv_heads, step, config.group_size, -1).max(2)  # a page weighs as much as its best token
+        fresh = tokens.reshape(kv_heads, step, config.group_size, rows).max(2)  # a page weighs as much as its best token
         page = begin * pages + jnp.arange(step)[:, None]
-        fresh = jnp.where((page >= first_page) & (page < end_page), fresh, -jnp.inf)
+        fresh = jnp.where((page >= first_page) & (page < end_of_row), fresh, -jnp.inf)
         counted = jnp.where(page >= tile * step, fresh, -jnp.inf)
         new_peak = jnp.maximum(peak, counted.max(1))
         total = total * jnp.exp(peak - new_peak) + jnp.exp(counted - new_peak[:, None]).sum(1)
         return lax.dynamic_update_slice_in_dim(scores, fresh, begin * pages, axis=1), new_peak, total
 
-    rows = ratio * length
     window_mass = window_mass.reshape(kv_heads, rows)
     start = (jnp.full((kv_heads, total_pages, rows), -jnp.inf), window_mass, jnp.ones((kv_heads, rows)))
     scores, peak, total = lax.fori_loop(0, tiles, score, start)
-    mass_unit = peak + jnp.log(total)  # what a score is measured against: exp(score - mass_unit) is the page's mass
-    row = jnp.tile(jnp.arange(length), ratio)
-    least = jnp.where(jnp.tile(live, ratio), mass_unit + math.log(config.threshold), jnp.inf)
+    mass_unit = peak + jnp.log(total)
+    row_live = jnp.broadcast_to(live[:, None], (blocks, ratio, length)).reshape(rows)
+    least = jnp.where(row_live, mass_unit + math.log(config.threshold), jnp.inf)
+    row = jnp.arange(rows) % length
 
     def ask(tile: Array, first: Array) -> Array:
         begin = begin_of(tile) * pages
         asked = lax.dynamic_slice_in_dim(scores, begin, step, axis=1) >= least[:, None]
-        return lax.dynamic_update_slice_in_dim(first, jnp.where(asked, row, length).min(-1), begin, axis=1)
+        asking = jnp.where(asked, row, length).reshape(kv_heads, step, blocks, -1).min(-1)
+        return lax.dynamic_update_slice_in_dim(first, asking.transpose(2, 0, 1), begin, axis=2)
 
-    first = lax.fori_loop(0, tiles, ask, jnp.full((kv_heads, total_pages), length))
+    first = lax.fori_loop(0, tiles, ask, jnp.full((blocks, kv_heads, total_pages), length))
+    routed_mass = jnp.where(row_live, 1 - jnp.exp(window_mass - mass_unit), 0)
+    by_block = (kv_heads, blocks, ratio * length)
+    scores = scores.reshape(kv_heads, total_pages * blocks, ratio * length)
+    return PageRequests(length, first, scores, mass_unit.reshape(by_block), routed_mass.reshape(by_block))
+
+
+def grant_remembered(
+    requests: PageRequests, block: Int[Array, ""], own_chunk: Int[Array, ""], stamps: Int[Array, "K P"], *, capacity: int
+) -> Granted:
+    """Pages requested by a row are open to all heads of its kv head, from that row to the end of the next chunk, as far as there is room.
+
+    stamps: last chunk in which each page was requested, taken and returned. Strictly causal, and the same for a block of rows as for its
+    rows one by one.
+    """
+    first = requests.first[block]
+    kv_heads, _, rows = requests.scores.shape
+    length = requests.length
     carried = stamps >= own_chunk - 1
-    capacity = min(config.page_capacity, total_pages)
-    granted = _grant(jnp.where(carried, length, first), capacity - carried.sum(-1), length)
-    refused = jnp.sum((first < length) & ~carried & ~granted)
-    stamps = jnp.where((first < length) & (carried | granted), own_chunk, stamps)
+    capacity = min(capacity, stamps.shape[1])
+    fresh = _grant(jnp.where(carried, length, first), capacity - carried.sum(-1), length)
+    refused = jnp.sum((first < length) & ~carried & ~fresh)
+    stamps = jnp.where((first < length) & (carried | fresh), own_chunk, stamps)
 
     # The open pages in order of their ids, without a sort: slot n holds the page at which the running count reaches n + 1.
-    count = jnp.cumsum(carried | granted, axis=-1)
+    count = jnp.cumsum(carried | fresh, axis=-1)
     slot = jnp.arange(capacity)
     ids = jax.vmap(lambda running: jnp.searchsorted(running, slot + 1))(count)
     filled = slot < count[:, -1:]
     ids = jnp.where(filled, ids, 0)
     since = jnp.where(filled, jnp.take_along_axis(jnp.where(carried, 0, first), ids, axis=-1), length)
-    selection = Selection(ids[:, None], since[:, None], count[:, -1].max())
-    opened = _opened_mass(scores, mass_unit, ids, since, row, selection.used)
-    outside = 1 - jnp.exp(window_mass - mass_unit)  # the estimated mass of all routed pages
-    unopened = jnp.sum(jnp.where(jnp.tile(live, ratio), jnp.maximum(outside - opened, 0), 0)) / (kv_heads * ratio)
-    return Routed(selection, stamps, refused, unopened)
+    used = count[:, -1].max()
+    unopened = jnp.maximum(requests.routed_mass[:, block] - _opened_mass(requests, block, ids, since, used), 0)
+    return Granted(Selection(ids[:, None], since[:, None], used), stamps, refused, unopened.sum() / (kv_heads * (rows // length)))
 
 
 def _grant(first: Int[Array, "K P"], room: Int[Array, " K"], length: int) -> Bool[Array, "K P"]:
@@ -205,22 +284,20 @@ def _grant(first: Int[Array, "K P"], room: Int[Array, " K"], length: int) -> Boo
 
 
 def _opened_mass(
-    scores: Float[Array, "K P r"],
-    mass_unit: Float[Array, "K r"],
-    ids: Int[Array, "K n"],
-    since: Int[Array, "K n"],
-    row: Int[Array, " r"],
-    used: Int[Array, ""],
+    requests: PageRequests, block: Int[Array, ""], ids: Int[Array, "K n"], since: Int[Array, "K n"], used: Int[Array, ""]
 ) -> Float[Array, "K r"]:
-    """Estimated attention mass of the pages each row sees."""
+    """Estimated attention mass of the pages each row of a block sees."""
+    _, blocks, rows = requests.mass_unit.shape
+    length = requests.length
+    row, unit = jnp.arange(rows) % length, requests.mass_unit[:, block][:, None]
     step = min(64, ids.shape[1])
     short = -ids.shape[1] % step
     ids = jnp.pad(ids, ((0, 0), (0, short)))
-    since = jnp.pad(since, ((0, 0), (0, short)), constant_values=scores.shape[2])
+    since = jnp.pad(since, ((0, 0), (0, short)), constant_values=length)
 
     def add(i: Array, total: Array) -> Array:
         here, seen = (lax.dynamic_slice_in_dim(x, i * step, step, axis=1) for x in (ids, since))
-        mass = jnp.exp(jax.vmap(lambda table, pages: table[pages])(scores, here) - mass_unit[:, None])
-        return total + jnp.where(seen[..., None] <= row, mass, 0).sum(1)
+        mass = jnp.exp(jax.vmap(lambda table, entries: table[entries])(requests.scores, here * blocks + block) - unit)
+        return total + jnp.where((seen[..., None] <= row) & (mass > 0), mass, 0).sum(1)
 
-    return lax.fori_loop(0, -(-used // step), add, jnp.zeros_like(mass_unit))
+    return lax.fori_loop(0, -(-used // step), add, jnp.zeros((len(ids), rows)))

@@ -85,6 +85,7 @@ class DeviceHistory:
 
     def take(self, page_ids: Int[Array, "K n"]) -> tuple[Float[Array, "K S H"], Float[Array, "K S H"]]:
         """Keys and values of the named pages of each kv head, in that order."""
-        part = jax.vmap(lambda pages, ids: pages[ids])(self.pages, page_ids)  # [K, n, 2, g, H]
-        flat = (part.shape[0], part.shape[1] * self.group_size, part.shape[-1])
-        return part[:, :, 0].reshape(flat), part[:, :, 1].reshape(flat)
+        # Two gathers, each copying its rows once; one gather of both and a slice would copy them twice.
+        keys, values = (jax.vmap(lambda pages, ids, side=side: pages[ids, side])(self.pages, page_ids) for side in (0, 1))
+        flat = (keys.shape[0], keys.shape[1] * self.group_size, keys.shape[-1])
+        return keys.reshape(flat), values.reshape(flat)
