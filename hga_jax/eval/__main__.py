@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from hga_jax.config import HGAConfig
+from hga_jax.config import HGAConfig, parse_threshold
 from hga_jax.eval.choices import Choice, parse_choices, with_dense
 from hga_jax.eval.reporting import Progress, check_plotting, check_writable, provenance, read_texts, write_json
 
@@ -64,7 +64,7 @@ def _texts(p: argparse.ArgumentParser) -> None:
 
 def _policies(p: argparse.ArgumentParser) -> None:
     p.add_argument("--policy", nargs="+", default=["dense", HGAConfig().policy], metavar="NAME", help=POLICY_HELP)
-    p.add_argument("--threshold", type=float, help="sketch: share of a query's attention mass that opens a page")
+    p.add_argument("--threshold", metavar="TAU", help="sketch: share of a query's attention mass that opens a page, or fast|balanced|best")
     p.add_argument("--top-chunks", type=int, help="paper: chunks")
     p.add_argument("--top-groups", type=int, help="paper: groups")
     _windows(p)
@@ -78,7 +78,10 @@ def _windows(p: argparse.ArgumentParser) -> None:
 def choices_of(options: argparse.Namespace, words: list[str]) -> list[Choice]:
     """The attentions asked for, with the settings given as flags. Raises ValueError."""
     names = ("threshold", "top_chunks", "top_groups", "sink_chunks", "local_chunks")
-    return parse_choices(words, {name: getattr(options, name, None) for name in names})
+    common = {name: getattr(options, name, None) for name in names}
+    if common["threshold"] is not None:
+        common["threshold"] = parse_threshold(common["threshold"])
+    return parse_choices(words, common)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from hga_jax.config import POLICIES, HGAConfig
+from hga_jax.config import POLICIES, HGAConfig, parse_threshold
 
 NAMES = ("dense", *POLICIES, "windows")
 CHOOSABLE = tuple(f.name for f in fields(HGAConfig) if f.name != "policy")
@@ -67,6 +67,8 @@ def _setting(word: str, item: str) -> tuple[str, Any]:
     key, equals, text = item.partition("=")
     if key not in CHOOSABLE or not equals:
         raise ValueError(f"--policy {word}: {item!r} is no setting, write NAME=VALUE with NAME one of {', '.join(CHOOSABLE)}")
+    if key == "threshold":
+        return key, parse_threshold(text)
     kind = type(getattr(HGAConfig(), key))
     try:
         return key, kind(text)

@@ -15,8 +15,9 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from hga_jax import programs
-from hga_jax.attention import HGAAttention, summarise_new, window_starts
+from hga_jax.attention import HGAAttention
 from hga_jax.backend import Stats
+from hga_jax.blocks import summarise_new, window_starts
 from hga_jax.cache import DeviceHistory
 from hga_jax.eval.choices import Choice
 from hga_jax.eval.nll import documents
@@ -60,13 +61,14 @@ def layer_mass(
         window = (page_start < sinks) | (page_start >= local)
         windows_total = jax.nn.logsumexp(jnp.where(window, by_page, -jnp.inf), axis=-1)
         live = positions < count
-        routed = policy.route(q, live, chunk, state.summaries, stamps, windows_total)
-        since = _first_rows(routed.selection.pages, routed.selection.since, len(page_start), block)  # [K, R, P]
+        requests = policy.request(q[:, None], live[None], chunk[None], state.summaries, windows_total[:, None])
+        granted = policy.grant(requests, jnp.int32(0), chunk, stamps)
+        since = _first_rows(granted.selection.pages, granted.selection.since, len(page_start), block)  # [K, R, P]
         opened = since[:, :, None, :] <= rows[:, None]
         share = jnp.exp(by_page - jax.nn.logsumexp(by_page, axis=-1, keepdims=True)) * ~window
         counted = (live & (positions > skip))[:, None]
         middle = middle + jnp.sum(share * counted, axis=(2, 3))
-        return missed + jnp.sum(share * counted * ~opened, axis=(2, 3)), middle, routed.stamps
+        return missed + jnp.sum(share * counted * ~opened, axis=(2, 3)), middle, granted.stamps
 
     zero = jnp.zeros((kv_heads, ratio), jnp.float32)
     missed, middle, _ = lax.fori_loop(0, -(-count // block), one, (zero, zero, state.stamps))
