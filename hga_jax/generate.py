@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--max-new-tokens", type=int, default=256)
     p.add_argument("--attention", choices=("hga", "dense"), default="hga")
     p.add_argument("--policy", choices=("sketch", "paper"), help="hga: how pages are chosen (default: the library's)")
+    p.add_argument(
+        "--quality", metavar="fast|balanced|best|TAU", help="sketch policy: how much attention mass opens a page (default balanced)"
+    )
     p.add_argument("--kv-store", default="auto", metavar="auto|device|host|DIR", help="where the K/V history lives (default auto)")
     p.add_argument("--rope-scaling", default="auto", metavar="auto|none|yarn:F", help="beyond the native context (default auto: YaRN)")
     p.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the most likely token")
@@ -72,7 +76,7 @@ def run(options: argparse.Namespace) -> int:
     import jax.numpy as jnp
 
     from hga_jax.cache.tiers import choose_tier
-    from hga_jax.config import HGAConfig
+    from hga_jax.config import HGAConfig, parse_threshold
     from hga_jax.language_model import make_backend
     from hga_jax.loading import default_dtype, load_model, locate_model
     from hga_jax.plan import make_plan
@@ -80,7 +84,13 @@ def run(options: argparse.Namespace) -> int:
     choose_device(jax, options.device)
     use_compilation_cache(jax)
     choose_tier(options.kv_store)
-    hga = HGAConfig(policy=options.policy) if options.policy else HGAConfig()
+    hga = HGAConfig()
+    if options.policy:
+        hga = replace(hga, policy=options.policy)
+    if options.quality:
+        if hga.policy != "sketch":
+            raise ValueError(f"--quality {options.quality} belongs to the sketch policy: leave it out with --policy {hga.policy}")
+        hga = replace(hga, threshold=parse_threshold(options.quality))
     dtype = jnp.dtype(options.dtype) if options.dtype else default_dtype()
 
     def plan_for(config: Any, dtype: Any) -> Any:
@@ -171,12 +181,21 @@ def report(result: Any) -> str:
         ("tokens", f"{result.prompt_tokens:,} prompt + {result.new_tokens:,} new (ended by {result.stopped_by})"),
         ("attended", share(result.attended_fraction, result.decode_attended_fraction) + " of the causal keys"),
         ("fetched", share(result.fetched_fraction, result.decode_fetched_fraction) + " of the history, per query block and kv head"),
+        *_selection_rows(result),
         ("prefill", f"{result.prefill_seconds:.1f} s, {result.prefill_tokens_per_second:,.0f} tokens/s"),
         ("decode", rate),
         ("history", f"{result.history_bytes / mib:,.1f} MiB, tier {result.history_tier}"),
         ("memory", f"peak {result.device_peak_bytes / mib:,.0f} MiB on the device, {result.host_history_bytes / mib:,.0f} MiB on the host"),
     ]
     return "\n".join(["", *(f"{name:9} {text}" for name, text in rows)])
+
+
+def _selection_rows(result: Any) -> list[tuple[str, str]]:
+    """What the sketch policy left out, where it was used."""
+    if result.unopened_mass is None:
+        return []
+    refused = f"; {result.refused_pages:,.0f} page requests refused for lack of room" if result.refused_pages else ""
+    return [("unopened", f"{result.unopened_mass:.2%} of the attention mass, by estimate{refused}")]
 
 
 def choose_device(jax: Any, device: str) -> None:

@@ -42,6 +42,8 @@ class GenerateResult:
     fetched_fraction: float
     decode_attended_fraction: float | None
     decode_fetched_fraction: float | None
+    unopened_mass: float | None
+    refused_pages: float
     bank_hit_rate: float | None
     history_tier: str
     history_bytes: int
@@ -114,6 +116,8 @@ class Generation:
             decode_tokens_per_second=decoded / decode_seconds if decode_seconds else None,
             attended_fraction=attended or 0.0, fetched_fraction=fetched or 0.0,
             decode_attended_fraction=decode_attended, decode_fetched_fraction=decode_fetched,
+            unopened_mass=unopened_mass(self.backend, prefill_stats + decode_stats),
+            refused_pages=float(prefill_stats.refused + decode_stats.refused),
             bank_hit_rate=None, history_tier=tier, history_bytes=history_bytes, device_peak_bytes=peak_bytes(),
             host_history_bytes=history_bytes if tier == "host" else 0, disk_history_bytes=0, rope_scaling=scaling_note,
         )  # fmt: skip
@@ -156,9 +160,17 @@ def fractions(stats: Stats) -> tuple[float | None, float | None]:
     return (float(stats.attended) / queries if queries else None), (float(stats.fetched) / blocks if blocks else None)
 
 
+def unopened_mass(backend: AttentionBackend, stats: Stats) -> float | None:
+    """The share of attention mass that the sketch policy estimates to lie in unopened pages: a mean over queries, layers and heads."""
+    if not isinstance(backend, HGAAttention) or backend.config.policy != "sketch" or not float(stats.queries):
+        return None
+    return float(stats.unopened) / float(stats.queries)
+
+
 def describe_attention(backend: AttentionBackend) -> str:
     if isinstance(backend, HGAAttention):
-        return f"hga/{backend.config.policy}"
+        config = backend.config
+        return f"hga/{config.policy}" + (f" ({config.threshold})" if config.policy == "sketch" else "")
     return "dense" if isinstance(backend, DenseAttention) else type(backend).__name__
 
 

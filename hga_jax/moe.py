@@ -1,4 +1,4 @@
-"""The expert MLP in plain XLA: silu(x gate.T) * (x up.T) through down, for the experts each token chose."""
+"""The expert MLP: silu(x gate.T) * (x up.T) through down, for the experts each token chose. Kernels where they fit, plain XLA otherwise."""
 
 from __future__ import annotations
 
@@ -7,17 +7,46 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from hga_jax.quantized import Weight, matmul
+from hga_jax.quantized import BlockScaled, Weight, matmul, unusual_block
+from pallas_kernels import moe_decode, moe_prefill
+from pallas_kernels.dispatch import Implementation, choose
 
 BLOCK_ROWS = 32  # rows of one expert multiplied at a time in prefill; each expert wastes half of one on average
 
 
 def expert_mlp(
-    x: Float[Array, "T D"], ids: Int[Array, "T k"], weights: Float[Array, "T k"], gate: Weight, up: Weight, down: Weight
+    x: Float[Array, "T D"],
+    ids: Int[Array, "T k"],
+    weights: Float[Array, "T k"],
+    gate: Weight,
+    up: Weight,
+    down: Weight,
+    *,
+    implementation: Implementation | None = None,
 ) -> Float[Array, "T D"]:
     """Mix of the chosen experts' outputs. gate, up [E, F, D]; down [E, D, F]; weights are what each expert's output counts.
 
-    Every (token, expert) pair is computed once and no expert is multiplied by a token that did not choose it: FLOPs are those of the
+    implementation None: the decode kernels for a few tokens and the grouped matmuls for more, on a CUDA GPU with FP8 weights and bfloat16
+    activations; plain XLA otherwise.
+    """
+    pairs = [(w.values, w.scales) if isinstance(w, BlockScaled) else (w, None) for w in (gate, up, down)]
+    values, scales = zip(*pairs, strict=True)
+    kernel = moe_decode if x.shape[0] <= moe_decode.MAX_TOKENS else moe_prefill
+    reason = unusual_block(gate, up, down) or kernel.unsupported(x, ids, values, scales)
+    if kernel is moe_prefill and x.dtype != jnp.bfloat16:
+        reason = f"activations are {x.dtype} and the grouped matmuls multiply in 16 bits"
+    quantized = all(scale is not None for scale in scales)
+    if implementation is None and not quantized:
+        implementation = "xla"
+    if choose("expert_mlp", implementation, reason) == "pallas":
+        return kernel.expert_mlp(x, ids, weights, values, scales)
+    return _expert_mlp_xla(x, ids, weights, gate, up, down)
+
+
+def _expert_mlp_xla(
+    x: Float[Array, "T D"], ids: Int[Array, "T k"], weights: Float[Array, "T k"], gate: Weight, up: Weight, down: Weight
+) -> Float[Array, "T D"]:
+    """Every (token, expert) pair is computed once and no expert is multiplied by a token that did not choose it: FLOPs are those of the
     routed experts, and only one block's weights are dequantised at a time.
     """
     tokens, choices = ids.shape
@@ -52,4 +81,5 @@ def _owners(tokens: int, choices: int) -> Int[Array, " pairs"]:
 
 
 def _mlp(x: Float[Array, "T D"], gate: Weight, up: Weight, down: Weight) -> Float[Array, "T D"]:
-    return matmul(jax.nn.silu(matmul(x, gate)) * matmul(x, up), down)
+    hidden = jax.nn.silu(matmul(x, gate, implementation="xla")) * matmul(x, up, implementation="xla")
+    return matmul(hidden, down, implementation="xla")

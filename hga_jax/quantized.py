@@ -9,6 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from hga_jax.pytree import register
+from pallas_kernels import fp8_matvec
+from pallas_kernels.dispatch import Implementation, choose
+from pallas_kernels.fp8 import BLOCK
 
 
 @register
@@ -34,6 +37,12 @@ Weight = Array | BlockScaled
 AbstractWeight = Weight | jax.ShapeDtypeStruct
 
 
+def unusual_block(*weights: Weight) -> str | None:
+    """Why the kernels cannot take these weights' blocks, or None."""
+    odd = [w.block for w in weights if isinstance(w, BlockScaled) and w.block != (BLOCK, BLOCK)]
+    return f"scale blocks of {odd[0]} are not {BLOCK}x{BLOCK}" if odd else None
+
+
 def dequantize(weight: Weight, dtype) -> Array:
     """The plain array: values * scales in float32, then `dtype`."""
     if not isinstance(weight, BlockScaled):
@@ -44,6 +53,16 @@ def dequantize(weight: Weight, dtype) -> Array:
     return (weight.values.astype(jnp.float32) * scales.astype(jnp.float32)).astype(dtype)
 
 
-def matmul(x: Float[Array, "*B in"], weight: Weight) -> Float[Array, "*B out"]:
-    """x @ weight.T with weight [out, in], float32 accumulation, result in x's dtype."""
+def matmul(x: Float[Array, "*B in"], weight: Weight, *, implementation: Implementation | None = None) -> Float[Array, "*B out"]:
+    """x @ weight.T with weight [out, in], float32 accumulation, result in x's dtype.
+
+    implementation None: the FP8 matvec kernel for a few rows (decode) on a CUDA GPU, plain XLA otherwise.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    if isinstance(weight, BlockScaled) and (implementation == "pallas" or rows.shape[0] <= fp8_matvec.MAX_ROWS):
+        reason = unusual_block(weight) or fp8_matvec.unsupported(rows, weight.values, weight.scales)
+        if choose("matmul", implementation, reason) == "pallas":
+            return fp8_matvec.matvec(rows, weight.values, weight.scales).reshape(*x.shape[:-1], -1)
+    elif implementation == "pallas":
+        raise NotImplementedError("matmul: the kernel is for FP8 weights; use implementation='xla'")
     return jnp.einsum("...i,oi->...o", x, dequantize(weight, x.dtype), preferred_element_type=jnp.float32).astype(x.dtype)

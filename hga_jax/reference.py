@@ -194,7 +194,7 @@ def _sketch(query, key, config, rope, rotation, query_start, scale):
                 score = guess.reshape(-1, config.group_size).max(-1) if len(middle) else np.zeros(0)
                 peak = max(exact.max(), score.max(initial=-np.inf))
                 mass = np.exp(score - peak) / (np.exp(exact - peak).sum() + np.exp(score - peak).sum())
-                wanted[middle[mass >= config.threshold]] = True
+                wanted[middle[mass >= config.threshold_for(ratio)]] = True
             requested[t, k] = wanted
             seen = stamps >= own - 1
             room = config.page_capacity - int(seen.sum())

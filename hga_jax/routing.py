@@ -259,7 +259,7 @@ def request_by_threshold(
     scores, peak, total = lax.fori_loop(0, tiles, score, start)
     mass_unit = peak + jnp.log(total)
     row_live = jnp.broadcast_to(live[:, None], (blocks, ratio, length)).reshape(rows)
-    least = jnp.where(row_live, mass_unit + math.log(config.threshold), jnp.inf)
+    least = jnp.where(row_live, mass_unit + math.log(config.threshold_for(ratio)), jnp.inf)
     row = jnp.arange(rows) % length
 
     def ask(tile: Array, first: Array) -> Array:

@@ -55,6 +55,21 @@ def test_json_has_the_documented_fields(tmp_path):
 
 
 @pytest.mark.model
+def test_quality_levels_open_more_or_less(tmp_path):
+    """Each level attends to more than the one below it, and leaves less of the estimated attention mass unopened."""
+    results = []
+    for level in ("fast", "balanced", "best", "0.0001"):
+        out = tmp_path / f"{level}.json"
+        assert main(["--ctx", "4096", "--max-new-tokens", "1", "--quality", level, "--json", str(out)]) == 0
+        results.append(json.loads(out.read_text()))
+    attended = [result["attended_fraction"] for result in results]
+    unopened = [result["unopened_mass"] for result in results]
+    assert attended == sorted(attended)
+    assert unopened == sorted(unopened, reverse=True)
+    assert results[0]["refused_pages"] == 0
+
+
+@pytest.mark.model
 def test_piped_prompt_is_read(capsys, monkeypatch):
     piped = io.TextIOWrapper(io.BytesIO(b"What is the capital of France?"))
     monkeypatch.setattr(sys, "stdin", piped)
@@ -102,6 +117,9 @@ def test_plan_prints_the_byte_table(capsys, tmp_path):
         (["--prompt", "x", "--json", "no/such/dir/out.json"], "cannot be written there"),
         (["--prompt", "x", "--model", "./nowhere"], "neither a file or directory here nor a hub id"),
         (["--prompt", "x", "--kv-store", "/mnt/history"], "--kv-store /mnt/history is not supported in this version"),
+        (["--prompt", "x", "--quality", "superb"], "threshold 'superb': choose fast, balanced, best or a number between 0 and 1"),
+        (["--prompt", "x", "--quality", "1.5"], "threshold=1.5 must lie between 0 and 1"),
+        (["--prompt", "x", "--quality", "best", "--policy", "paper"], "--quality best belongs to the sketch policy"),
         (["--prompt", "x", "--device", "gpu"], "JAX sees no GPU here"),
     ],
 )

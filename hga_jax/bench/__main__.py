@@ -1,0 +1,21 @@
+"""Runs one measurement: each is a module of this package with `main(argv)`."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import sys
+
+import hga_jax.bench
+
+
+def main() -> None:
+    names = sorted(module.name for module in pkgutil.iter_modules(hga_jax.bench.__path__) if not module.name.startswith("_"))
+    if len(sys.argv) < 2 or sys.argv[1] not in names:
+        print(f"usage: python -m hga_jax.bench {{{','.join(names)}}} [options]", file=sys.stderr)
+        sys.exit(2)
+    importlib.import_module(f"hga_jax.bench.{sys.argv[1]}").main(sys.argv[2:])
+
+
+if __name__ == "__main__":
+    main()

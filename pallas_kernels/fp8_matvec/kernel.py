@@ -1,0 +1,168 @@
+"""Matrix times a few vectors, bound by reading the matrix once from device memory (Pallas, Triton lowering).
+
+Floor: bytes of W over the read rate. One value is used once or a few times, so the tensor cores would not help: each thread multiplies the
+16 bytes it loaded. Every load of a program is issued before the first is used, which is what keeps enough bytes in flight.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+from jaxtyping import Array, Float
+
+from pallas_kernels.fp8 import BLOCK, Conversion, conversion_for, to_float32
+from pallas_kernels.fp8_matvec.config import Config, measured
+from pallas_kernels.indexing import outer, span
+
+MAX_ROWS = 8
+
+
+def unsupported(x: Any, values: Any, scales: Any = None) -> str | None:
+    """Why the kernel cannot take these (arrays or shapes), or None."""
+    if x.ndim != 2 or not 1 <= x.shape[0] <= MAX_ROWS:
+        return f"x of shape {x.shape} is not 1 to {MAX_ROWS} rows"
+    if values.dtype not in (jnp.float8_e4m3fn, jnp.bfloat16, jnp.float32):
+        return f"weights are {values.dtype}"
+    return bad_weight(values, scales)
+
+
+def bad_weight(values: Any, scales: Any) -> str | None:
+    """The part of `unsupported` that looks at one weight."""
+    if (values.dtype == jnp.float8_e4m3fn) != (scales is not None):
+        return f"{values.dtype} weights {'without' if scales is None else 'with'} scales"
+    blocks = (*values.shape[:-2], -(-values.shape[-2] // BLOCK), -(-values.shape[-1] // BLOCK))
+    if scales is not None and tuple(scales.shape) != blocks:
+        return f"scales of shape {scales.shape} are not one per {BLOCK}x{BLOCK} block {blocks}"
+    if values.size >= 2**31:
+        return f"weights have {values.size} values and kernel offsets are int32"
+    return None
+
+
+def pieces(start: int, stop: int, columns: int) -> list[tuple[int, int, bool]]:
+    """[start, stop) as (first column, width, reaches past stop), widths powers of two of at most `columns`."""
+    out = []
+    while start < stop:
+        width = columns
+        while width > stop - start and width > BLOCK:
+            width //= 2
+        out.append((start, width, start + width > stop))
+        start += width
+    return out
+
+
+def row_dots(
+    xs: list[tuple[Any, Any]], weights: list[tuple[Any, Any, tuple]], row: Any, *, start: int, stop: int, outputs: int, config: Any
+) -> list[list[Float[Array, " rows"]]]:
+    """Inside a kernel: for each weight and each x, the float32 dot products of rows [row, row + config.rows) over columns [start, stop).
+
+    xs: (ref [T, in], row). weights: (values ref, scales ref or None, leading index) whose rest is [out, in].
+    """
+    rows = config.rows
+    row_index = span(row, rows)
+    partial_rows = outputs % rows != 0
+    sums: dict[tuple, Array] = {}
+    todo = pieces(start, stop, config.columns)
+    for first in range(0, len(todo), config.in_flight):
+        loaded = []
+        for column, width, over in todo[first : first + config.in_flight]:
+            columns = span(column, width)
+            mask = (row_index < outputs)[:, None] & (columns < stop)[None, :] if over or partial_rows else None
+            tiles = [plt.load(v.at[outer(*lead, row_index, columns)], mask=mask) for v, _, lead in weights]
+            lane = min(width, 16 // tiles[0].dtype.itemsize)  # values one thread loads at once: their sum needs no other thread
+            loaded.append((column, width, over, lane, tiles, mask))
+        for column, width, over, lane, tiles, mask in loaded:
+            inside = (span(column, width) < stop) if over else None
+            vectors = [plt.load(x.at[outer(t, span(column, width))], mask=inside).astype(jnp.float32) for x, t in xs]
+            if over:
+                vectors = [jnp.where(inside, vector, 0.0) for vector in vectors]
+            block = jnp.minimum((column + jnp.arange(width // lane) * lane) // BLOCK, (stop - 1) // BLOCK)
+            factors = [None if s is None else plt.load(s.at[outer(*lead, row // BLOCK, block)]) for _, s, lead in weights]
+            for w, (tile, factor) in enumerate(zip(tiles, factors, strict=True)):
+                wide = convert(tile, mask, config.conversion)
+                for t, vector in enumerate(vectors):
+                    part = (wide * vector[None, :]).reshape(rows, width // lane, lane).sum(axis=2)
+                    if factor is not None:
+                        part = part * factor[None, :]
+                    key = (w, t, width // lane)
+                    sums[key] = sums[key] + part if key in sums else part
+    totals = [[jnp.zeros((rows,), jnp.float32) for _ in xs] for _ in weights]
+    for (w, t, _), part in sums.items():
+        totals[w][t] = totals[w][t] + part.sum(axis=1)
+    return totals
+
+
+def convert(tile: Array, mask: Array | None, conversion: Conversion) -> Array:
+    """Inside a kernel: a loaded tile in float32, zero where masked."""
+    wide = to_float32(tile, conversion)
+    return wide if mask is None else jnp.where(mask, wide, 0.0)  # masked lanes hold anything, NaN included
+
+
+def _kernel(
+    x_ref,  # [T, in] device
+    values_ref,  # [out, in] device
+    *refs,  # scales [out_blocks, in_blocks] device (FP8 only), then out [splits, T, out] device
+    config: Config,
+    tokens: int,
+    outputs: int,
+    inputs: int,
+):
+    scales_ref, out_ref = refs if len(refs) == 2 else (None, refs[0])
+    row = pl.program_id(0) * config.rows
+    share = -(-inputs // (config.splits * BLOCK)) * BLOCK
+    for split in range(config.splits):  # each split's columns are compile-time constants
+
+        @pl.when(pl.program_id(1) == split)
+        def _(split=split):
+            start, stop = min(split * share, inputs), min((split + 1) * share, inputs)
+            [dots] = row_dots(
+                [(x_ref, t) for t in range(tokens)],
+                [(values_ref, scales_ref, ())],
+                row,
+                start=start,
+                stop=stop,
+                outputs=outputs,
+                config=config,
+            )
+            here = span(row, config.rows)
+            mask = here < outputs if outputs % config.rows else None
+            for t, dot in enumerate(dots):
+                plt.store(out_ref.at[outer(split, t, here)], dot.astype(out_ref.dtype), mask=mask)
+
+
+def matvec(
+    x: Float[Array, "T in"],
+    values: Float[Array, "out in"],
+    scales: Float[Array, "out_blocks in_blocks"] | None = None,
+    *,
+    out_dtype: Any = None,
+    config: Config | None = None,
+    interpret: bool = False,
+) -> Float[Array, "T out"]:
+    """x @ (values * scales).T accumulated in float32, T from 1 to 8; the result has x's dtype unless `out_dtype` says otherwise.
+
+    values: float8_e4m3fn with one scale per 128x128 block, or bfloat16/float32 without scales. Raises NotImplementedError for anything
+    else. The weight is exact (no rounding to bfloat16 of value times scale), so results differ from the XLA twin by that rounding, about
+    2**-9.
+    """
+    if reason := unsupported(x, values, scales):
+        raise NotImplementedError(f"fp8_matvec: {reason}")
+    config = config or measured(x.shape[0], conversion_for())
+    (tokens, inputs), outputs = x.shape, values.shape[0]
+    out_dtype = out_dtype or x.dtype
+    operands = (x, values) if scales is None else (x, values, scales)
+    out = pl.pallas_call(
+        partial(_kernel, config=config, tokens=tokens, outputs=outputs, inputs=inputs),
+        grid=(-(-outputs // config.rows), config.splits),
+        in_specs=[pl.no_block_spec] * len(operands),
+        out_specs=pl.no_block_spec,
+        out_shape=jax.ShapeDtypeStruct((config.splits, tokens, outputs), out_dtype if config.splits == 1 else jnp.float32),
+        compiler_params=plt.CompilerParams(num_warps=config.warps, num_stages=1),
+        interpret=interpret,
+        name="fp8_matvec",
+    )(*operands)
+    return out[0] if config.splits == 1 else out.sum(0).astype(out_dtype)

@@ -1,0 +1,15 @@
+"""Decode attention over windows and routed pages that lie in device memory, in host memory, or in a device bank before host memory."""
+
+from pallas_kernels.routed_decode_attention.api import (
+    Bank,
+    Partial,
+    Plan,
+    append_page,
+    merge,
+    page_attention,
+    plan_bank,
+    window_attention,
+)
+from pallas_kernels.routed_decode_attention.config import Config
+
+__all__ = ["Bank", "Config", "Partial", "Plan", "append_page", "merge", "page_attention", "plan_bank", "window_attention"]

@@ -1,0 +1,168 @@
+"""The public functions of decode attention; `implementation` picks the kernels or plain XLA.
+
+A decode step is `window_attention` (its stats also feed routing), routing, `plan_bank` where there is a bank, `page_attention`, `merge`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.routed_decode_attention import kernel, xla
+from pallas_kernels.routed_decode_attention.config import Config
+from pallas_kernels.sketch_routing import QueryColumns, query_columns
+
+Implementation = Literal["pallas", "xla"]
+
+
+class Partial(NamedTuple):
+    """Attention over part of the keys.
+
+    acc: unnormalised sums. stats[:, :, 0]: largest score, stats[:, :, 1]: sum of exp(score - largest).
+    """
+
+    acc: Float[Array, "K splits G H"]
+    stats: Float[Array, "K splits 2 G"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Bank:
+    """Pages kept on the device, each kv head's slots its own.
+
+    pages: K/V by slot; page_slot: slot of a page or -1; slot_page: page of a slot or -1.
+    """
+
+    pages: Float[Array, "K slots 2 g H"]
+    page_slot: Int[Array, "K P"]
+    slot_page: Int[Array, "K slots"]
+
+
+class Plan(NamedTuple):
+    """source: slot of each listed page, or -1 - (rank among the missed). victims: slot that takes each missed page, or -1.
+
+    hits: pages found.
+    """
+
+    source: Int[Array, "K M"]
+    victims: Int[Array, "K M"]
+    hits: Int[Array, " K"]
+
+
+def _pallas(implementation: str) -> bool:
+    if implementation not in ("pallas", "xla"):
+        raise ValueError(f"{implementation=}: choose pallas or xla")
+    return implementation == "pallas"
+
+
+def window_attention(
+    query: Float[Array, "K G H"],
+    window: Float[Array, "K W 2 g H"],
+    valid: Int[Array, " W"],
+    *,
+    scale: float,
+    rotation: Float[Array, "H H"] | None = None,
+    implementation: Implementation,
+    config: Config | None = None,
+    interpret: bool = False,
+) -> tuple[Partial, QueryColumns | None]:
+    """Attend to window pages on the device (sinks, local window, open chunk, in any order), the first valid[w] tokens of each.
+
+    Returns the partial result and, with `rotation`, sketch_routing.QueryColumns from the same launch (else None).
+    """
+    if not _pallas(implementation):
+        partial = Partial(*xla.window_attention(query, window, valid, scale=scale))
+        return partial, None if rotation is None else query_columns(query, rotation)
+    acc, stats, *columns = kernel.window_attention(
+        query, window, valid, rotation, scale=scale, config=config or Config(), interpret=interpret
+    )
+    return Partial(acc, stats), QueryColumns(*columns) if columns else None
+
+
+def plan_bank(
+    bank: Bank,
+    ids: Int[Array, "K M"],
+    counts: Int[Array, "K 2"],
+    recency: Int[Array, "K P"],
+    needed: Int[Array, ""],
+    *,
+    implementation: Implementation,
+    config: Config | None = None,
+    interpret: bool = False,
+) -> tuple[Bank, Plan]:
+    """Find the listed pages in the bank and choose a slot for each missing one: empty slots, then the least recently requested pages'.
+
+    recency: when each page was last requested (the sketch policy's stamps, or the step a page was last used in). Pages with
+    recency >= needed keep their slots; when too few others are left, the last missing pages get none and are only read.
+    """
+    run = kernel.plan_bank if _pallas(implementation) else xla.plan_bank
+    extra = {"config": config or Config(), "interpret": interpret} if _pallas(implementation) else {}
+    page_slot, *plan = run(ids, counts, bank.page_slot, bank.slot_page, recency, needed[None].astype("int32"), **extra)
+    return Bank(bank.pages, page_slot, bank.slot_page), Plan(*plan)
+
+
+def page_attention(
+    query: Float[Array, "K G H"],
+    ids: Int[Array, "K M"],
+    counts: Int[Array, "K 2"],
+    store: Float[Array, "K P 2 g H"],
+    *,
+    scale: float,
+    heads: Int[Array, "K M"] | None = None,
+    bank: Bank | None = None,
+    plan: Plan | None = None,
+    implementation: Implementation,
+    config: Config | None = None,
+    interpret: bool = False,
+) -> tuple[Partial, Bank | None]:
+    """Attend to the first counts[k, 0] pages of ids[k], read in place from `store` (pinned host or device memory), once each.
+
+    heads: bit n set where query head n of the kv head sees the page (None: all do). With a bank and its plan, hits are read from the bank
+    and misses from the store, used and put into their slots: the bank comes back updated, in place when it is donated.
+    """
+    if (bank is None) != (plan is None):
+        raise ValueError("bank and plan go together: plan_bank makes the plan")
+    tables = None if bank is None else (bank.pages, bank.page_slot, bank.slot_page)
+    moves = None if plan is None else (plan.source, plan.victims)
+    if not _pallas(implementation):
+        acc, stats, *tables = xla.page_attention(query, ids, counts, store, heads, tables, moves, scale=scale)
+    else:
+        acc, stats, *tables = kernel.page_attention(
+            query, ids, counts, store, heads, tables, moves, scale=scale, config=config or Config(), interpret=interpret
+        )
+    return Partial(acc, stats), Bank(*tables) if tables else None
+
+
+def merge(
+    parts: list[Partial],
+    dtype,
+    *,
+    implementation: Implementation,
+    config: Config | None = None,
+    interpret: bool = False,
+) -> Float[Array, "K G H"]:
+    """Combine partial results into attention outputs, exactly; a head that saw no key gets zeros."""
+    if not _pallas(implementation):
+        return xla.merge(parts, dtype)
+    return kernel.merge(parts, dtype, config=config or Config(), interpret=interpret)
+
+
+def append_page(
+    store: Float[Array, "K P 2 g H"],
+    fresh: Float[Array, "K n 2 g H"],
+    page: Int[Array, ""],
+    *,
+    implementation: Implementation,
+    interpret: bool = False,
+) -> Float[Array, "K P 2 g H"]:
+    """Write the n pages of a closed chunk into the store at `page`, in place when it is donated.
+
+    Inside loops and conditionals wrap the result in `jax.device_put(out, jax.memory.Space.Host)`: a kernel's output is typed as device
+    memory although it stays where the donated store is.
+    """
+    if not _pallas(implementation):
+        return jax.lax.dynamic_update_slice(store, fresh.astype(store.dtype), (0, page, 0, 0, 0))
+    return kernel.append_page(store, fresh, page[None].astype("int32"), interpret=interpret)

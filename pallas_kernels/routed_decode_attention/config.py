@@ -1,0 +1,28 @@
+"""Tunables of the decode attention kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pallas_kernels.limits import power_of_two
+
+
+@dataclass(frozen=True)
+class Config:
+    """tile_pages, warps: pages a program reads at once (all their loads in flight together) and its warps. splits: programs a kv head.
+    window_tile_pages, window_splits, window_warps: the same for the windows. merge_warps: warps of the program that merges one query head.
+    bank_warps: warps of the program that plans the bank of one kv head."""
+
+    tile_pages: int = 1
+    splits: int = 128
+    warps: int = 4
+    window_tile_pages: int = 2
+    window_splits: int = 32
+    window_warps: int = 4
+    merge_warps: int = 4
+    bank_warps: int = 8
+
+    def __post_init__(self):
+        for name in ("tile_pages", "splits", "warps", "window_tile_pages", "window_splits", "window_warps", "merge_warps", "bank_warps"):
+            if not power_of_two(getattr(self, name)):
+                raise ValueError(f"{name}={getattr(self, name)} must be a power of two")

@@ -1,0 +1,398 @@
+"""Kernels of T=1 attention: windows, routed pages (splits of the page list), exact merge, bank planning, page append."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.limits import check_offsets, power_of_two
+from pallas_kernels.routed_decode_attention.config import Config
+
+# Rows of a masked scatter that are off point past the end: interpret mode writes them back too, and must not hit a row that is on.
+ROWS = 16  # query rows of a matrix product: the smallest the tensor cores take; heads beyond G are zero
+
+
+def _rows(heads: int) -> int:
+    return max(ROWS, pl.next_power_of_2(heads))
+
+
+def _load_query(query_ref, k, scale):
+    """[rows, Hp], scaled, in the storage dtype."""
+    heads, head_dim = query_ref.shape[1:]
+    row, dim = jnp.arange(_rows(heads)), jnp.arange(pl.next_power_of_2(head_dim))
+    mask = (row < heads)[:, None] & (dim < head_dim)[None, :]
+    query = plgpu.load(query_ref.at[k, row[:, None], dim[None, :]], mask=mask, other=0)
+    return (query.astype(jnp.float32) * scale).astype(query.dtype)
+
+
+def _precision(dtype):
+    return lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+def _add(carry, query, keys, values, visible):
+    """One step of the online softmax: keys and values [R, Hp], visible [rows, R]."""
+    peak, total, acc = carry
+    scores = plgpu.dot(query, keys, trans_b=True, precision=_precision(query.dtype))
+    scores = jnp.where(visible, scores, -jnp.inf)
+    new_peak = jnp.maximum(peak, scores.max(1))
+    safe = jnp.where(new_peak > -jnp.inf, new_peak, 0)
+    weights = jnp.exp(scores - safe[:, None])
+    shrink = jnp.exp(peak - safe)
+    mixed = plgpu.dot(weights.astype(values.dtype), values, precision=_precision(values.dtype))
+    return new_peak, total * shrink + weights.sum(1), acc * shrink[:, None] + mixed
+
+
+def _empty(rows, width):
+    return jnp.full((rows,), -jnp.inf, jnp.float32), jnp.zeros((rows,), jnp.float32), jnp.zeros((rows, width), jnp.float32)
+
+
+def _write_partial(acc_ref, stats_ref, k, split, carry):
+    peak, total, acc = carry
+    heads, head_dim = acc_ref.shape[2:]
+    row, dim = jnp.arange(acc.shape[0]), jnp.arange(acc.shape[1])
+    plgpu.store(acc_ref.at[k, split, row[:, None], dim[None, :]], acc, mask=(row < heads)[:, None] & (dim < head_dim)[None, :])
+    plgpu.store(stats_ref.at[k, split, 0, row], peak, mask=row < heads)
+    plgpu.store(stats_ref.at[k, split, 1, row], total, mask=row < heads)
+
+
+def _window_kernel(
+    query_ref,  # [K, G, H] device
+    window_ref,  # [K, W, 2, g, H] device
+    valid_ref,  # [W] i32 device: tokens of each page that count (the first ones)
+    *refs,  # with rotation: [H, H] f32 device; then out, device: acc [K, splits, G, H] f32, stats [K, splits, 2, G] f32
+    # (, direct [K, H, 2*Gp] bf16, rotated [K, H, 2*Gp] f16: see sketch_routing.QueryColumns)
+    scale: float,
+    config: Config,
+):
+    rotation_ref, acc_ref, stats_ref, direct_ref, rotated_ref = refs if len(refs) == 5 else (None, *refs, None, None)
+    k, split = pl.program_id(0), pl.program_id(1)
+    pages, group_size, head_dim = window_ref.shape[1], window_ref.shape[3], window_ref.shape[4]
+    query = _load_query(query_ref, k, scale)
+    row = jnp.arange(config.window_tile_pages * group_size)
+    dim = jnp.arange(query.shape[1])
+    tiles = -(-pages // config.window_tile_pages)
+
+    def step(i, carry):
+        page = (split + i * config.window_splits) * config.window_tile_pages + row // group_size
+        held = plgpu.load(valid_ref.at[page], mask=page < pages, other=0)
+        live = row % group_size < held
+        mask = live[:, None] & (dim < head_dim)[None, :]
+        keys, values = (
+            plgpu.load(window_ref.at[k, page[:, None], part, (row % group_size)[:, None], dim[None, :]], mask=mask, other=0)
+            for part in (0, 1)
+        )
+        return _add(carry, query, keys, values, live[None, :])
+
+    turns = (tiles - split + config.window_splits - 1) // config.window_splits
+    _write_partial(acc_ref, stats_ref, k, split, lax.fori_loop(0, turns, step, _empty(*query.shape)))
+
+    if rotation_ref is not None:
+        columns = max(16, query.shape[1] // config.window_splits)
+
+        @pl.when(split * columns < head_dim)
+        def _():
+            heads = query_ref.shape[1]
+            head, column = jnp.arange(query.shape[0]), split * columns + jnp.arange(columns)
+            raw = plgpu.load(
+                query_ref.at[k, head[:, None], dim[None, :]], mask=(head < heads)[:, None] & (dim < head_dim)[None, :], other=0
+            )
+            inside = (dim < head_dim)[:, None] & (column < head_dim)[None, :]
+            turn = plgpu.load(rotation_ref.at[dim[:, None], column[None, :]], mask=inside, other=0)
+            rotated = plgpu.dot(raw.astype(jnp.float32), turn.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+            here = (head < heads)[:, None] & (column < head_dim)[None, :]
+            direct = plgpu.load(query_ref.at[k, head[:, None], column[None, :]], mask=here, other=0).astype(jnp.float32)
+            padded = direct_ref.shape[2] // 2
+            where = (head < padded)[:, None] & (column < head_dim)[None, :]
+            for ref, x in ((direct_ref, direct), (rotated_ref, rotated)):
+                high = x.astype(ref.dtype)
+                low = (x - high.astype(jnp.float32)).astype(ref.dtype)
+                plgpu.store(ref.at[k, column[None, :], head[:, None]], high, mask=where)
+                plgpu.store(ref.at[k, column[None, :], padded + head[:, None]], low, mask=where)
+
+
+def window_attention(query, window, valid, rotation, *, scale: float, config: Config, interpret: bool):
+    """Partial attention over window pages; with `rotation` also the query columns that sketch routing reads."""
+    kv_heads, heads, head_dim = query.shape
+    check_offsets(window=window)
+    if not power_of_two(window.shape[3]):
+        raise NotImplementedError(f"group_size={window.shape[3]} must be a power of two in the kernel: use implementation='xla'")
+    shapes = [(kv_heads, config.window_splits, heads, head_dim), (kv_heads, config.window_splits, 2, heads)]
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    arrays = (query, window, valid)
+    if rotation is not None:
+        columns = (kv_heads, head_dim, 2 * max(8, pl.next_power_of_2(heads)))
+        shapes += [jax.ShapeDtypeStruct(columns, dtype) for dtype in (jnp.bfloat16, jnp.float16)]
+        arrays = (*arrays, rotation)
+    return pl.pallas_call(
+        partial(_window_kernel, scale=scale, config=config),
+        grid=(kv_heads, config.window_splits),
+        in_specs=[pl.no_block_spec] * len(arrays),
+        out_specs=[pl.no_block_spec] * len(shapes),
+        out_shape=shapes,
+        compiler_params=plgpu.CompilerParams(num_warps=config.window_warps, num_stages=1),
+        interpret=interpret,
+        name="window_attention",
+    )(*arrays)
+
+
+def _page_kernel(
+    query_ref,  # [K, G, H] device
+    ids_ref,  # [K, M] i32 device
+    counts_ref,  # [K, 2] i32 device
+    store_ref,  # [K, P, 2, g, H] pinned host, or device when the whole history is there
+    *refs,  # heads_ref [K, M] i32 device (bit n: head n sees the page), when masked; then with a bank, in and out:
+    # source [K, M] i32, victims [K, M] i32, bank [K, slots, 2, g, H], page_slot [K, P] i32, slot_page [K, slots] i32, all device;
+    # then out: acc [K, splits, G, H] f32, stats [K, splits, 2, G] f32 device (, bank, page_slot, slot_page: the same buffers)
+    scale: float,
+    masked: bool,
+    banked: bool,
+    config: Config,
+):
+    refs = list(refs)
+    heads_ref = refs.pop(0) if masked else None
+    if banked:
+        source_ref, victims_ref, _, _, _, acc_ref, stats_ref, bank_ref, page_slot_ref, slot_page_ref = refs
+    else:
+        acc_ref, stats_ref = refs
+    k, split = pl.program_id(0), pl.program_id(1)
+    group_size, head_dim = store_ref.shape[3:]
+    query = _load_query(query_ref, k, scale)
+    row = jnp.arange(config.tile_pages * group_size)
+    dim = jnp.arange(query.shape[1])
+    head = jnp.arange(query.shape[0])
+    count = counts_ref[k, 0]
+    tiles = (count + config.tile_pages - 1) // config.tile_pages
+
+    def step(i, carry):
+        first = (split + i * config.splits) * config.tile_pages
+        rank = first + row // group_size
+        live = rank < count
+        page = plgpu.load(ids_ref.at[k, rank], mask=live, other=0)
+        token = (row % group_size)[:, None]
+        real = (dim < head_dim)[None, :]
+        if banked:
+            source = plgpu.load(source_ref.at[k, rank], mask=live, other=0)
+            hit = live & (source >= 0)
+            slot = jnp.where(hit, source, 0)
+            missed = live & ~hit
+        else:
+            missed = live
+        tile = []
+        for part in (0, 1):
+            x = plgpu.load(store_ref.at[k, page[:, None], part, token, dim[None, :]], mask=missed[:, None] & real, other=0)
+            if banked:
+                kept = plgpu.load(bank_ref.at[k, slot[:, None], part, token, dim[None, :]], mask=hit[:, None] & real, other=0)
+                x = jnp.where(hit[:, None], kept, x)
+            tile.append(x)
+        if banked:
+            # A missed page goes to the slot planned for it: read from the host once, used, and kept.
+            miss_rank = -1 - source
+            filled = missed & (miss_rank < victims_ref.shape[1])
+            target = plgpu.load(victims_ref.at[k, jnp.where(filled, miss_rank, 0)], mask=filled, other=-1)
+            filled = filled & (target >= 0)
+            for part in (0, 1):
+                plgpu.store(
+                    bank_ref.at[k, jnp.where(filled, target, bank_ref.shape[1])[:, None], part, token, dim[None, :]],
+                    tile[part],
+                    mask=filled[:, None] & real,
+                )
+            once = filled & (row % group_size == 0)
+            plgpu.store(page_slot_ref.at[k, jnp.where(once, page, page_slot_ref.shape[1])], target, mask=once)
+            plgpu.store(slot_page_ref.at[k, jnp.where(once, target, slot_page_ref.shape[1])], page, mask=once)
+        visible = live[None, :]
+        if masked:
+            bits = plgpu.load(heads_ref.at[k, rank], mask=live, other=0)
+            visible = visible & (((bits[None, :] >> head[:, None]) & 1) > 0)
+        return _add(carry, query, *tile, visible)
+
+    turns = jnp.maximum(tiles - split + config.splits - 1, 0) // config.splits
+    _write_partial(acc_ref, stats_ref, k, split, lax.fori_loop(0, turns, step, _empty(*query.shape)))
+
+
+def page_attention(query, ids, counts, store, heads_mask, bank, plan, *, scale: float, config: Config, interpret: bool):
+    """Partial attention over the listed pages. bank: (pages, page_slot, slot_page) or None; plan: (source, victims)."""
+    kv_heads, heads, head_dim = query.shape
+    check_offsets(store=store)
+    if not power_of_two(store.shape[3]):
+        raise NotImplementedError(f"group_size={store.shape[3]} must be a power of two in the kernel: use implementation='xla'")
+    arrays = [query, ids, counts, store]
+    if heads_mask is not None:
+        arrays.append(heads_mask)
+    shapes = [
+        jax.ShapeDtypeStruct((kv_heads, config.splits, heads, head_dim), jnp.float32),
+        jax.ShapeDtypeStruct((kv_heads, config.splits, 2, heads), jnp.float32),
+    ]
+    aliases = {}
+    if bank is not None:
+        check_offsets(bank=bank[0])
+        arrays += [*plan, *bank]
+        aliases = {len(arrays) - 3 + i: 2 + i for i in range(3)}
+        shapes += [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in bank]
+    return pl.pallas_call(
+        partial(_page_kernel, scale=scale, masked=heads_mask is not None, banked=bank is not None, config=config),
+        grid=(kv_heads, config.splits),
+        in_specs=[pl.no_block_spec] * len(arrays),
+        out_specs=[pl.no_block_spec] * len(shapes),
+        out_shape=shapes,
+        input_output_aliases=aliases,
+        compiler_params=plgpu.CompilerParams(num_warps=config.warps, num_stages=1),
+        interpret=interpret,
+        name="page_attention",
+    )(*arrays)
+
+
+def _merge_kernel(
+    *refs,  # acc [K, splits, G, H] f32, stats [K, splits, 2, G] f32 for each part, device; out [K, G, H] device
+):
+    *parts, out_ref = refs
+    k, n = pl.program_id(0), pl.program_id(1)
+    head_dim = out_ref.shape[2]
+    dim = jnp.arange(pl.next_power_of_2(head_dim))
+    loaded = []
+    for acc_ref, stats_ref in zip(parts[::2], parts[1::2], strict=True):
+        splits = acc_ref.shape[1]
+        split = jnp.arange(splits)
+        peaks, totals = stats_ref[k, split, 0, n], stats_ref[k, split, 1, n]
+        acc = plgpu.load(
+            acc_ref.at[k, split[:, None], n, dim[None, :]], mask=(peaks > -jnp.inf)[:, None] & (dim < head_dim)[None, :], other=0
+        )
+        loaded.append((peaks, totals, acc))
+    peak = loaded[0][0].max(0)
+    for peaks, _, _ in loaded[1:]:
+        peak = jnp.maximum(peak, peaks.max(0))
+    safe = jnp.where(peak > -jnp.inf, peak, 0)
+    total, out = jnp.float32(0), jnp.zeros((dim.shape[0],), jnp.float32)
+    for peaks, totals, acc in loaded:
+        weight = jnp.exp(peaks - safe)
+        total += (totals * weight).sum(0)
+        out += (acc * weight[:, None]).sum(0)
+    out = out / jnp.where(total > 0, total, 1)
+    plgpu.store(out_ref.at[k, n, dim], out.astype(out_ref.dtype), mask=dim < head_dim)
+
+
+def merge(parts, dtype, *, config: Config, interpret: bool) -> Float[Array, "K G H"]:
+    """Combine partial results (acc, stats) exactly; heads that saw nothing get zeros."""
+    kv_heads, _, heads, head_dim = parts[0][0].shape
+    arrays = [x for part in parts for x in part]
+    return pl.pallas_call(
+        _merge_kernel,
+        grid=(kv_heads, heads),
+        in_specs=[pl.no_block_spec] * len(arrays),
+        out_specs=pl.no_block_spec,
+        out_shape=jax.ShapeDtypeStruct((kv_heads, heads, head_dim), dtype),
+        compiler_params=plgpu.CompilerParams(num_warps=config.merge_warps, num_stages=1),
+        interpret=interpret,
+        name="merge_attention",
+    )(*arrays)
+
+
+def _plan_kernel(
+    ids_ref,  # [K, M] i32 device
+    counts_ref,  # [K, 2] i32 device
+    page_slot_ref,  # [K, P] i32 device: -1 where the page has no slot
+    slot_page_ref,  # [K, slots] i32 device: -1 where the slot is empty
+    recency_ref,  # [K, P] i32 device: when the page was last requested
+    needed_ref,  # [1] i32 device: pages at least this recent are needed now
+    page_slot_out_ref,  # [K, P] i32 device, the same buffer: pages that lose their slot get -1
+    source_ref,  # [K, M] i32 device, out: slot of a page in the bank, -1 - (rank among the missed) of one that is not
+    victims_ref,  # [K, M] i32 device, out: slot for each missed page, -1 where none is free
+    hits_ref,  # [K] i32 device, out
+):
+    k = pl.program_id(0)
+    capacity, slots = ids_ref.shape[1], slot_page_ref.shape[1]
+    count, needed = counts_ref[k, 0], needed_ref[0]
+    rank = jnp.arange(pl.next_power_of_2(capacity))
+    live = rank < count
+    page = plgpu.load(ids_ref.at[k, rank], mask=live, other=0)
+    slot = plgpu.load(page_slot_ref.at[k, page], mask=live, other=-1)
+    missed = (live & (slot < 0)).astype(jnp.int32)
+    misses = jnp.sum(missed)
+    miss_rank = jnp.cumsum(missed, axis=0) - 1
+    plgpu.store(source_ref.at[k, rank], jnp.where(missed > 0, -1 - miss_rank, slot), mask=rank < capacity)
+    hits_ref[k] = count - misses
+
+    @pl.when(misses > 0)
+    def _():
+        index = jnp.arange(pl.next_power_of_2(slots))
+        held = plgpu.load(slot_page_ref.at[k, index], mask=index < slots, other=-1)
+        recency = plgpu.load(recency_ref.at[k, jnp.maximum(held, 0)], mask=held >= 0, other=-(2**30))
+        free = (index < slots) & (recency < needed)
+        recency = jnp.where(free, recency, 2**30)
+        wanted = jnp.minimum(misses, jnp.sum(free.astype(jnp.int32)))
+
+        # The smallest age bound with enough slots at or below it: empty slots and the oldest pages go first.
+        def narrow(bounds):
+            low, high = bounds
+            middle = low + (high - low) // 2
+            enough = jnp.sum((recency <= middle).astype(jnp.int32)) >= wanted
+            return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
+
+        oldest = jnp.maximum(jnp.min(recency), -4)
+        bound, _ = lax.while_loop(lambda bounds: bounds[0] < bounds[1], narrow, (oldest - 1, jnp.maximum(needed, oldest)))
+        older, equal = (recency < bound).astype(jnp.int32), (recency == bound).astype(jnp.int32)
+        spare = wanted - jnp.sum(older)
+        chosen = older + equal * (jnp.cumsum(equal, axis=0) <= spare).astype(jnp.int32)
+        place = jnp.cumsum(chosen, axis=0) - 1
+        chosen = (chosen > 0) & (place < wanted)
+        evicted = chosen & (held >= 0)
+        plgpu.store(page_slot_out_ref.at[k, jnp.where(evicted, held, page_slot_ref.shape[1])], jnp.full_like(held, -1), mask=evicted)
+        put = chosen & (place < capacity)
+        plgpu.store(victims_ref.at[k, jnp.where(put, place, capacity)], index, mask=put)
+        plgpu.store(victims_ref.at[k, rank], jnp.full_like(rank, -1), mask=(rank >= wanted) & (rank < capacity))
+
+
+def plan_bank(ids, counts, page_slot, slot_page, recency, needed, *, config: Config, interpret: bool):
+    """Where each listed page is or will be: (page_slot without the evicted, source, victims, hits)."""
+    kv_heads, capacity = ids.shape
+    check_offsets(recency=recency)
+    return pl.pallas_call(
+        _plan_kernel,
+        grid=(kv_heads,),
+        in_specs=[pl.no_block_spec] * 6,
+        out_specs=[pl.no_block_spec] * 4,
+        out_shape=[
+            jax.ShapeDtypeStruct(shape, jnp.int32) for shape in (page_slot.shape, (kv_heads, capacity), (kv_heads, capacity), (kv_heads,))
+        ],
+        input_output_aliases={2: 0},
+        compiler_params=plgpu.CompilerParams(num_warps=config.bank_warps, num_stages=1),
+        interpret=interpret,
+        name="plan_bank",
+    )(ids, counts, page_slot, slot_page, recency, needed)
+
+
+def _append_kernel(
+    page_ref,  # [1] i32 device
+    fresh_ref,  # [K, n, 2, g, H] device
+    _,  # the store again
+    store_ref,  # [K, P, 2, g, H] pinned host or device, in place
+):
+    k, i, part = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    group_size, head_dim = store_ref.shape[3:]
+    row, dim = jnp.arange(pl.next_power_of_2(group_size))[:, None], jnp.arange(pl.next_power_of_2(head_dim))[None, :]
+    mask = (row < group_size) & (dim < head_dim)
+    x = plgpu.load(fresh_ref.at[k, i, part, row, dim], mask=mask, other=0)
+    plgpu.store(store_ref.at[k, page_ref[0] + i, part, row, dim], x.astype(store_ref.dtype), mask=mask)
+
+
+def append_page(
+    store: Float[Array, "K P 2 g H"], fresh: Float[Array, "K n 2 g H"], page: Int[Array, " 1"], *, interpret: bool
+) -> Float[Array, "K P 2 g H"]:
+    """Write n neighbouring pages of every kv head, first `page`, into the store, in place when it is donated."""
+    check_offsets(store=store)
+    return pl.pallas_call(
+        _append_kernel,
+        grid=(fresh.shape[0], fresh.shape[1], 2),
+        in_specs=[pl.no_block_spec] * 3,
+        out_specs=pl.no_block_spec,
+        out_shape=jax.ShapeDtypeStruct(store.shape, store.dtype),
+        input_output_aliases={2: 0},
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+        interpret=interpret,
+        name="append_page",
+    )(page, fresh, store)

@@ -1,0 +1,14 @@
+"""Decode routing of the sketch policy: 2-bit sketches of every token -> pages whose estimated attention mass passes a threshold."""
+
+from pallas_kernels.sketch_routing.api import (
+    QueryColumns,
+    append_sketch,
+    pack_codes,
+    query_columns,
+    sketch_chunks,
+    sketch_routing,
+    unpack_codes,
+)
+from pallas_kernels.sketch_routing.config import Config
+
+__all__ = ["Config", "QueryColumns", "append_sketch", "pack_codes", "query_columns", "sketch_chunks", "sketch_routing", "unpack_codes"]

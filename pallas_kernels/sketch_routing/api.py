@@ -1,0 +1,142 @@
+"""The public functions of the sketch policy's decode routing; `implementation` picks the kernels or plain XLA."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int, UInt8
+
+from pallas_kernels.sketch_routing import kernel, xla
+from pallas_kernels.sketch_routing.config import Config
+
+LEVELS = (-1.5104, -0.4528, 0.4528, 1.5104)  # Lloyd-Max quantiser of a unit Gaussian; codes 0..3 ascending
+THRESHOLDS = (-0.9816, 0.0, 0.9816)
+
+
+class Pages(NamedTuple):
+    """stamps [K, P]: the last chunk in which a page was requested.
+
+    ids [K, M]: visible pages, ascending, the first counts[:, 0] valid.
+    counts [K, 2]: pages listed, requests refused for lack of room."""
+
+    stamps: Int[Array, "K P"]
+    ids: Int[Array, "K M"]
+    counts: Int[Array, "K 2"]
+
+
+class QueryColumns(NamedTuple):
+    """Queries as the scan wants them: high halves of every head, then low halves (high + low is float32-exact to 2^-17 and 2^-22).
+
+    direct: of the query, bfloat16; rotated: of query @ rotation, float16. Each half has G columns rounded up to a power of two, at least
+    8; those beyond G are zero.
+    """
+
+    direct: Float[Array, "K H columns"]
+    rotated: Float[Array, "K H columns"]
+
+
+def query_columns(query: Float[Array, "K G H"], rotation: Float[Array, "H H"]) -> QueryColumns:
+    """What the scan reads, in plain XLA; `routed_decode_attention.window_attention` makes the same inside its launch."""
+    query = query.astype(jnp.float32)
+    rotated = jnp.einsum("kgh,hd->kgd", query, rotation.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+    padding = max(8, 1 << (query.shape[1] - 1).bit_length()) - query.shape[1]
+
+    def columns(x: Array, dtype) -> Array:
+        x = jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, padding)))
+        high = x.astype(dtype)
+        return jnp.concatenate([high, (x - high.astype(jnp.float32)).astype(dtype)], axis=-1)
+
+    return QueryColumns(columns(query, jnp.bfloat16), columns(rotated, jnp.float16))
+
+
+def pack_codes(codes: Int[Array, "*n H"]) -> UInt8[Array, "*n B"]:
+    """Codes 0..3 -> bytes: byte b holds dimensions b, B+b, 2B+b, 3B+b (B = H/4), lowest bits first."""
+    if codes.shape[-1] % 4:
+        raise ValueError(f"head_dim={codes.shape[-1]} must be a multiple of 4 for packed 2-bit codes")
+    quarters = codes.astype(jnp.uint8).reshape(*codes.shape[:-1], 4, -1)
+    return quarters[..., 0, :] | quarters[..., 1, :] << 2 | quarters[..., 2, :] << 4 | quarters[..., 3, :] << 6
+
+
+def unpack_codes(packed: UInt8[Array, "*n B"]) -> UInt8[Array, "*n H"]:
+    """The inverse of `pack_codes`."""
+    return jnp.concatenate([packed >> shift & 3 for shift in (0, 2, 4, 6)], axis=-1)
+
+
+def sketch_chunks(
+    keys: Float[Array, "K S H"], rotation: Float[Array, "H H"], chunk_size: int
+) -> tuple[Float[Array, "K C H"], UInt8[Array, "K S B"], Float[Array, "K S"]]:
+    """Means, packed codes and least-squares scales of whole chunks of post-RoPE keys; float32."""
+    kv_heads, tokens, head_dim = keys.shape
+    chunks = keys.astype(jnp.float32).reshape(kv_heads, -1, chunk_size, head_dim)
+    means = chunks.mean(2)
+    residual = jnp.einsum("kcsh,hd->kcsd", chunks - means[:, :, None], rotation.astype(jnp.float32), precision="highest")
+    size = jnp.sqrt(jnp.mean(residual**2, axis=-1, keepdims=True))
+    unit = residual / jnp.where(size > 0, size, 1)
+    codes = sum((unit >= bound).astype(jnp.int32) for bound in THRESHOLDS)
+    levels = jnp.asarray(LEVELS, jnp.float32)[codes]
+    scales = (residual * levels).sum(-1) / (levels**2).sum(-1)
+    return means, pack_codes(codes.reshape(kv_heads, tokens, head_dim)), scales.reshape(kv_heads, tokens)
+
+
+def append_sketch(
+    means: Float[Array, "K C H"],
+    codes: UInt8[Array, "K S B"],
+    scales: Float[Array, "K S"],
+    keys: Float[Array, "K chunk H"],
+    rotation: Float[Array, "H H"],
+    chunk: Int[Array, ""],
+) -> tuple[Float[Array, "K C H"], UInt8[Array, "K S B"], Float[Array, "K S"]]:
+    """Write the sketch of a chunk that has closed into its place. Once in many tokens, so plain XLA; in place when donated."""
+    size = keys.shape[1]
+    mean, code, scale = sketch_chunks(keys, rotation, size)
+    return (
+        lax.dynamic_update_slice(means, mean.astype(means.dtype), (0, chunk, 0)),
+        lax.dynamic_update_slice(codes, code, (0, chunk * size, 0)),
+        lax.dynamic_update_slice(scales, scale.astype(scales.dtype), (0, chunk * size)),
+    )
+
+
+def sketch_routing(
+    query: QueryColumns,
+    means: Float[Array, "K C H"],
+    codes: UInt8[Array, "K S B"],
+    scales: Float[Array, "K S"],
+    stamps: Int[Array, "K P"],
+    window: Float[Array, "K splits 2 G"],
+    own_chunk: Int[Array, ""],
+    *,
+    sink_chunks: int,
+    local_chunks: int,
+    group_size: int,
+    threshold: float,
+    capacity: int,
+    scale: float,
+    implementation: Literal["pallas", "xla"],
+    config: Config | None = None,
+    interpret: bool = False,
+) -> Pages:
+    """Route one token's queries: request every group of the routed middle with estimated mass >= threshold for any head of its kv head.
+
+    query: from `query_columns` or `window_attention`. means are of the unrotated keys; codes and scales describe their rotated residuals.
+    window[:, :, 0] and [:, :, 1]: largest exact score and sum of exp(score - largest) of each split of the windows, from
+    `routed_decode_attention.window_attention`. stamps: updated in place when donated. Source: README, the sketch policy.
+    """
+    if codes.shape[1] % means.shape[1] or codes.shape[1] // means.shape[1] % group_size:
+        raise ValueError(f"{codes.shape[1]} tokens of codes do not make {means.shape[1]} chunks of whole groups of {group_size}")
+    heads = window.shape[3]
+    pages_per_chunk = codes.shape[1] // means.shape[1] // group_size
+    middle = jnp.stack([jnp.int32(sink_chunks), jnp.maximum(own_chunk - local_chunks, sink_chunks), own_chunk]).astype(jnp.int32)
+    config = config or Config()
+    rules = {"pages_per_chunk": pages_per_chunk, "threshold": threshold, "capacity": capacity}
+    if implementation == "xla":
+        direct, rotated = (sum(jnp.split(x.astype(jnp.float32), 2, axis=-1))[..., :heads].swapaxes(1, 2) for x in query)
+        scores = xla.scan(direct, rotated, means, codes, scales, middle, group_size=group_size, scale=scale)
+        return Pages(*xla.select(scores, window, stamps, middle, **rules))
+    if implementation != "pallas":
+        raise ValueError(f"{implementation=}: choose pallas or xla")
+    scores, partials = kernel.scan(
+        *query, means, codes, scales, middle, heads=heads, group_size=group_size, scale=scale, config=config, interpret=interpret
+    )
+    return Pages(*kernel.select(scores, partials, window, stamps, middle, config=config, interpret=interpret, **rules))

@@ -1,0 +1,58 @@
+"""What the routing must decide, in float64 numpy, one kv head and one group at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+
+LEVELS = np.array([-1.5104, -0.4528, 0.4528, 1.5104])
+
+
+def reference_routing(
+    query,
+    rotated,
+    means,
+    codes,
+    scales,
+    stamps,
+    window_scores,
+    own_chunk,
+    *,
+    sink_chunks,
+    local_chunks,
+    group_size,
+    threshold,
+    capacity,
+    scale,
+):
+    """codes are unpacked [K, S, H]; window_scores [K, G, W] exact scaled scores of the window tokens.
+
+    Returns stamps, a list of visible page ids for each kv head, refused [K], and the masses [K, G, P] (0 outside the routed middle).
+    """
+    query, rotated, means, scales, window_scores = (np.asarray(x, np.float64) for x in (query, rotated, means, scales, window_scores))
+    stamps = np.array(stamps)
+    kv_heads, heads, _ = query.shape
+    chunk_size = np.shape(codes)[1] // means.shape[1]
+    pages_per_chunk, pages = chunk_size // group_size, stamps.shape[1]
+    masses = np.zeros((kv_heads, heads, pages))
+    listed, refused = [], np.zeros(kv_heads, int)
+    middle = range(sink_chunks * pages_per_chunk, max(own_chunk - local_chunks, sink_chunks) * pages_per_chunk)
+    for k in range(kv_heads):
+        for n in range(heads):
+            scores = []
+            for page in middle:
+                tokens = range(page * group_size, (page + 1) * group_size)
+                guess = [means[k, t // chunk_size] @ query[k, n] + scales[k, t] * (LEVELS[codes[k, t]] @ rotated[k, n]) for t in tokens]
+                scores.append(max(guess) * scale)
+            everything = np.concatenate([np.array(scores), window_scores[k, n]])
+            shifted = np.exp(everything - everything.max())
+            masses[k, n, middle.start : middle.start + len(scores)] = shifted[: len(scores)] / shifted.sum()
+        wanted = [page for page in middle if (masses[k, :, page] >= threshold).any()]
+        seen = [page for page in range(pages) if stamps[k, page] >= own_chunk - 1]
+        fresh = [page for page in wanted if page not in seen]
+        room = max(capacity - len(seen), 0)
+        refused[k] = max(len(fresh) - room, 0)
+        for page in wanted:
+            if page in seen or page in fresh[:room]:
+                stamps[k, page] = own_chunk
+        listed.append(sorted(seen + fresh[:room]))
+    return stamps, listed, refused, masses

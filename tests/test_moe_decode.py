@@ -1,0 +1,98 @@
+"""The decode kernels (matvec, expert MLP) against float64 numpy: odd sizes, partial scale blocks, FP8 and bfloat16 weights."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import fp8_matvec, moe_decode
+from pallas_kernels.fp8_matvec import reference as matvec_reference
+from pallas_kernels.moe_decode import reference
+
+MODES = [pytest.param(True, id="interpret"), pytest.param(False, id="native", marks=pytest.mark.gpu)]
+
+
+def block_scaled(rng, *shape):
+    """Random e4m3 values over the whole range of the type, and scales that differ by a factor of four from block to block."""
+    values = jnp.asarray(rng.standard_normal(shape) * 60).astype(jnp.float8_e4m3fn)
+    blocks = (*shape[:-2], -(-shape[-2] // 128), -(-shape[-1] // 128))
+    return values, jnp.asarray(rng.uniform(0.5, 2, blocks) / 60 / shape[-1] ** 0.5, jnp.float32)
+
+
+def relative(out, expected):
+    out = np.asarray(out).astype(np.float64)
+    assert np.isfinite(out).all()
+    return np.linalg.norm(out - expected) / np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("interpret", MODES)
+@pytest.mark.parametrize(("tokens", "outputs", "inputs"), [(1, 256, 256), (1, 200, 304), (3, 130, 48), (8, 37, 529)])
+@pytest.mark.parametrize("fp8", [True, False])
+def test_matvec(tokens, outputs, inputs, fp8, interpret):
+    rng = np.random.default_rng(outputs)
+    x = jnp.asarray(rng.standard_normal((tokens, inputs)), jnp.bfloat16)
+    values, scales = block_scaled(rng, outputs, inputs)
+    if not fp8:
+        values, scales = values.astype(jnp.bfloat16), None
+    expected = matvec_reference.matvec(x, values, scales)
+    configs = [fp8_matvec.Config(rows=8, columns=256)]
+    if fp8:
+        bits = fp8_matvec.Config(rows=16, columns=512, in_flight=1, conversion="bits")
+        configs += [bits, fp8_matvec.Config(rows=4, columns=128, splits=2)]
+    for config in configs:
+        out = fp8_matvec.matvec(x, values, scales, out_dtype=jnp.float32, config=config, interpret=interpret)
+        assert relative(out, expected) < 1e-6  # products are exact in float32: what is left is the order of float32 additions
+
+
+@pytest.mark.parametrize("interpret", MODES)
+@pytest.mark.parametrize(
+    ("tokens", "experts", "choices", "size", "width"), [(1, 5, 2, 128, 256), (4, 7, 3, 72, 200), (2, 4, 1, 150, 80), (1, 8, 8, 96, 64)]
+)
+@pytest.mark.parametrize("fp8", [True, False])
+def test_expert_mlp(tokens, experts, choices, size, width, fp8, interpret):
+    rng = np.random.default_rng(size)
+    x = jnp.asarray(rng.standard_normal((tokens, width)), jnp.float32)
+    ids = jnp.asarray(np.stack([rng.permutation(experts)[:choices] for _ in range(tokens)]), jnp.int32)
+    weights = jnp.asarray(rng.uniform(0.1, 1, (tokens, choices)), jnp.float32)
+    values, scales = zip(
+        block_scaled(rng, experts, size, width),
+        block_scaled(rng, experts, size, width),
+        block_scaled(rng, experts, width, size),
+        strict=True,
+    )
+    if not fp8:
+        values = tuple((v.astype(jnp.float32) / 60 / v.shape[-1] ** 0.5).astype(jnp.bfloat16) for v in values)
+        scales = (None,) * 3
+    wide = [matvec_reference.dequantize(v, s) for v, s in zip(values, scales, strict=True)]
+    expected = reference.expert_mlp(x, np.asarray(ids), np.asarray(weights), *wide)
+    bits = {"conversion": "bits"}
+    for config in (
+        moe_decode.Config(fp8_matvec.Config(rows=16, columns=256), fp8_matvec.Config(rows=8, columns=128)),
+        moe_decode.Config(fp8_matvec.Config(rows=32, columns=64, **bits), fp8_matvec.Config(rows=16, columns=256, **bits)),
+    ):
+        out = moe_decode.expert_mlp(x, ids, weights, values, scales, config=config, interpret=interpret)
+        assert relative(out, expected) < 2e-6  # float32 throughout
+
+
+def test_conversions_agree_on_every_value():
+    from pallas_kernels.fp8 import to_float32
+
+    codes = jnp.arange(256, dtype=jnp.uint8)
+    values = jax.lax.bitcast_convert_type(codes[(codes & 0x7F) != 0x7F], jnp.float8_e4m3fn)  # all but the two NaN
+    expected = np.asarray(values).astype(np.float32)
+    np.testing.assert_array_equal(np.asarray(to_float32(values, "cast")), expected)
+    np.testing.assert_array_equal(np.asarray(to_float32(values, "bits")), expected)
+
+
+def test_unsupported_arguments_say_why():
+    x, values = jnp.zeros((9, 128), jnp.bfloat16), jnp.zeros((128, 128), jnp.float8_e4m3fn)
+    with pytest.raises(NotImplementedError, match="1 to 8 rows"):
+        fp8_matvec.matvec(x, values, jnp.ones((1, 1)))
+    with pytest.raises(NotImplementedError, match="without scales"):
+        fp8_matvec.matvec(x[:1], values)
+    with pytest.raises(NotImplementedError, match="not one per 128x128 block"):
+        fp8_matvec.matvec(x[:1], values, jnp.ones((2, 1)))
+    with pytest.raises(ValueError, match="rows=3 must be a power of two"):
+        fp8_matvec.Config(rows=3)

@@ -1,0 +1,197 @@
+"""Decode attention over windows, routed pages and the bank: kernels and XLA twin against float64 numpy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import routed_decode_attention as decode
+from pallas_kernels.routed_decode_attention.reference import reference_attention
+
+RUNS = ["xla", "interpret", pytest.param("native", marks=pytest.mark.gpu)]
+SMALL = decode.Config(tile_pages=4, splits=4, window_tile_pages=4, window_splits=4)
+
+
+def settings(run):
+    if run == "native" and jax.default_backend() != "gpu":
+        pytest.skip("needs a CUDA GPU")
+    return {"implementation": "xla" if run == "xla" else "pallas", "interpret": run == "interpret", "config": SMALL}
+
+
+def tolerance(dtype):
+    return 1e-5 if dtype == np.float32 else 1e-2  # bfloat16 has 8 bits: weights and outputs round at 2^-9 each
+
+
+def problem(kv_heads, heads, head_dim, pages, group, windows, dtype, seed=0):
+    rng = np.random.default_rng(seed)
+
+    def random(*shape):
+        return jnp.asarray(rng.standard_normal(shape), dtype)
+
+    valid = rng.integers(1, group + 1, windows).astype(np.int32)
+    return (
+        random(kv_heads, heads, head_dim),
+        random(kv_heads, windows, 2, group, head_dim),
+        valid,
+        random(kv_heads, pages, 2, group, head_dim),
+    )
+
+
+def page_list(listed, capacity):
+    ids = np.full((len(listed), capacity), 2**20, np.int32)  # what lies beyond the count must not matter
+    for k, pages in enumerate(listed):
+        ids[k, : len(pages)] = pages
+    return jnp.asarray(ids), jnp.asarray([[len(pages), 0] for pages in listed], jnp.int32)
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "dtype"),
+    [(n, h, np.float32) for n, h in [(1, 64), (4, 128), (7, 64), (8, 128), (3, 80), (2, 96), (17, 64)]]
+    + [(8, 128, jnp.bfloat16), (3, 80, jnp.bfloat16)],
+)
+def test_windows_and_pages(run, heads, head_dim, dtype):
+    how, rng = settings(run), np.random.default_rng(7)
+    query, window, valid, store = problem(2, heads, head_dim, pages=37, group=16, windows=5, dtype=dtype)
+    listed = [sorted(rng.permutation(37)[:19]), sorted(rng.permutation(37)[:1])]
+    ids, counts = page_list(listed, 24)
+    scale = head_dim**-0.5
+    part, _ = decode.window_attention(query, window, jnp.asarray(valid), scale=scale, **how)
+    more, _ = decode.page_attention(query, ids, counts, store, scale=scale, **how)
+    out = decode.merge([part, more], dtype, **how)
+    assert out.dtype == dtype
+    expected = reference_attention(query, window, valid, store, listed, None, scale)
+    assert np.abs(np.asarray(out, np.float64) - expected).max() <= tolerance(dtype) * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("listed", [[[], []], [list(range(9)), []], [list(range(9)), list(range(9))]])
+def test_no_pages_and_all_pages(run, listed):
+    how = settings(run)
+    query, window, valid, store = problem(2, 4, 64, pages=9, group=16, windows=1, dtype=np.float32)
+    ids, counts = page_list(listed, 9)
+    part, _ = decode.window_attention(query, window, jnp.asarray(valid), scale=0.125, **how)
+    more, _ = decode.page_attention(query, ids, counts, store, scale=0.125, **how)
+    expected = reference_attention(query, window, valid, store, listed, None, 0.125)
+    np.testing.assert_allclose(decode.merge([part, more], np.float32, **how), expected, atol=1e-5)
+    alone = reference_attention(query, window, 0 * valid, store, listed, None, 0.125)
+    np.testing.assert_allclose(decode.merge([more], np.float32, **how), alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_each_head_sees_its_own_pages(run):
+    how, rng = settings(run), np.random.default_rng(2)
+    query, window, valid, store = problem(2, 7, 64, pages=30, group=8, windows=3, dtype=np.float32)
+    listed = [sorted(rng.permutation(30)[:20]) for _ in range(2)]
+    bits = rng.integers(0, 2**7, (2, 32)).astype(np.int32) & ~4  # head 2 sees no page at all
+    heads = [{page: {n for n in range(7) if bits[k, i] >> n & 1} for i, page in enumerate(listed[k])} for k in range(2)]
+    ids, counts = page_list(listed, 32)
+    part, _ = decode.window_attention(query, window, jnp.asarray(valid), scale=0.125, **how)
+    more, _ = decode.page_attention(query, ids, counts, store, scale=0.125, heads=jnp.asarray(bits), **how)
+    expected = reference_attention(query, window, valid, store, listed, heads, 0.125)
+    np.testing.assert_allclose(decode.merge([part, more], np.float32, **how), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_rotation_comes_with_the_windows(run):
+    how, rng = settings(run), np.random.default_rng(2)
+    rotation = np.linalg.qr(rng.standard_normal((80, 80)))[0].astype(np.float32)
+    query, window, valid, _ = problem(2, 3, 80, pages=1, group=16, windows=3, dtype=jnp.bfloat16)
+    _, columns = decode.window_attention(query, window, jnp.asarray(valid), scale=1.0, rotation=jnp.asarray(rotation), **how)
+    exact = np.asarray(query, np.float64)
+    for found, expected, bits in ((columns.direct, exact, 16), (columns.rotated, exact @ rotation, 19)):
+        high, low = np.split(np.asarray(found, np.float64), 2, axis=-1)
+        np.testing.assert_allclose((high + low)[..., :3].swapaxes(1, 2), expected, atol=8 * 2.0**-bits)
+        assert not high[..., 3:].any()
+        assert not low[..., 3:].any()
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("slots", [5, 16, 40])
+def test_bank_keeps_the_pages_used_last(run, slots):
+    """Twelve steps of drifting requests: outputs exact, tables consistent, the pages that stay are the most recent ones."""
+    how, rng = settings(run), np.random.default_rng(5)
+    query, window, valid, store = problem(2, 4, 64, pages=50, group=8, windows=2, dtype=np.float32)
+    bank = decode.Bank(jnp.zeros((2, slots, 2, 8, 64)), jnp.full((2, 50), -1, jnp.int32), jnp.full((2, slots), -1, jnp.int32))
+    recency = np.full((2, 50), -2, np.int32)
+    part, _ = decode.window_attention(query, window, jnp.asarray(valid), scale=0.125, **how)
+    for now in range(1, 13):
+        held = np.asarray(bank.slot_page)
+        listed = [sorted(rng.permutation(np.arange(2 * now, 2 * now + 14))[: rng.integers(0, 11)]) for _ in range(2)]
+        for k in range(2):
+            recency[k, listed[k]] = now
+        ids, counts = page_list(listed, 12)
+        bank, plan = decode.plan_bank(bank, ids, counts, jnp.asarray(recency), jnp.int32(now), **how)
+        more, bank = decode.page_attention(query, ids, counts, store, scale=0.125, bank=bank, plan=plan, **how)
+        expected = reference_attention(query, window, valid, store, listed, None, 0.125)
+        np.testing.assert_allclose(decode.merge([part, more], np.float32, **how), expected, atol=1e-5)
+        pages, page_slot, slot_page = (np.asarray(x) for x in (bank.pages, bank.page_slot, bank.slot_page))
+        for k in range(2):
+            before, after = set(held[k]) - {-1}, set(slot_page[k]) - {-1}
+            assert int(plan.hits[k]) == len(before & set(listed[k]))
+            assert len(after) == min(slots, len(before | set(listed[k])))
+            assert after <= before | set(listed[k])
+            if len(listed[k]) <= slots:
+                assert set(listed[k]) <= after
+                lost, kept_old = before - after, after - set(listed[k])
+                assert not lost or not kept_old or recency[k, list(lost)].max() <= recency[k, list(kept_old)].min()
+            for slot, page in enumerate(slot_page[k]):
+                if page >= 0:
+                    assert page_slot[k, page] == slot
+                    np.testing.assert_array_equal(pages[k, slot], store[k, page])
+            assert (page_slot[k] >= 0).sum() == len(after)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_appended_pages_land_in_their_place(run):
+    how = settings(run)
+    store = jnp.asarray(np.random.default_rng(0).standard_normal((2, 9, 2, 8, 80)), jnp.bfloat16)
+    out = decode.append_page(
+        store + 0, jnp.ones((2, 4, 2, 8, 80), jnp.bfloat16), jnp.int32(3), implementation=how["implementation"], interpret=how["interpret"]
+    )
+    np.testing.assert_array_equal(out, store.at[:, 3:7].set(1))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a CUDA GPU")
+def test_host_pages_are_read_and_written_in_place():
+    host = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="device")
+    query, window, valid, store = problem(2, 4, 128, pages=500, group=16, windows=3, dtype=jnp.bfloat16)
+    listed = [list(range(1, 300, 3)), list(range(0, 490, 7))]
+    ids, counts = page_list(listed, 128)
+
+    def attend(store, query, ids, counts):
+        return decode.page_attention(query, ids, counts, store, scale=0.1, implementation="pallas")[0]
+
+    program = jax.jit(attend, in_shardings=(host, device, device, device), out_shardings=device)
+    store_host = jax.device_put(store, host)
+    assert " copy(" not in program.lower(store_host, query, ids, counts).compile().as_text()
+    out = decode.merge([program(store_host, query, ids, counts)], np.float32, implementation="pallas")
+    expected = reference_attention(query, window, 0 * valid, store, listed, None, 0.1)
+    np.testing.assert_allclose(out, expected, atol=1e-2)
+    fresh = jnp.ones((2, 4, 2, 16, 128), jnp.bfloat16)
+    write = jax.jit(
+        lambda store, fresh, page: decode.append_page(jax.device_put(store, jax.memory.Space.Host), fresh, page, implementation="pallas"),
+        donate_argnums=0, in_shardings=(host, device, device), out_shardings=host,
+    )  # fmt: skip
+    text = write.lower(store_host, fresh, jnp.int32(8)).compile().as_text()
+    assert not [line for line in text.splitlines() if " copy(" in line and "[2,500,2,16,128]" in line]
+    np.testing.assert_array_equal(np.asarray(write(store_host, fresh, jnp.int32(8))), store.at[:, 8:12].set(1))
+
+
+def test_a_store_too_large_for_int32_offsets_is_refused():
+    with pytest.raises(ValueError, match="one array per layer"):
+        jax.eval_shape(
+            lambda store: decode.page_attention(
+                jnp.zeros((4, 8, 128)),
+                jnp.zeros((4, 8), jnp.int32),
+                jnp.zeros((4, 2), jnp.int32),
+                store,
+                scale=1.0,
+                implementation="pallas",
+            ),
+            jax.ShapeDtypeStruct((4, 2**17, 2, 16, 128), jnp.bfloat16),
+        )
+    with pytest.raises(ValueError, match="splits=3"):
+        decode.Config(splits=3)

@@ -1,0 +1,139 @@
+"""Sketch routing: kernels and XLA twin decide what float64 numpy decides."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.sketch_routing import Config, append_sketch, pack_codes, query_columns, sketch_chunks, sketch_routing, unpack_codes
+from pallas_kernels.sketch_routing.reference import reference_routing
+
+RUNS = ["xla", "interpret", pytest.param("native", marks=pytest.mark.gpu)]
+
+
+def settings(run, **config):
+    if run == "native" and jax.default_backend() != "gpu":
+        pytest.skip("needs a CUDA GPU")
+    if run == "xla":
+        return {"implementation": "xla"}
+    config = Config(unpack="arithmetic" if run == "interpret" else "asm", **config)
+    return {"implementation": "pallas", "interpret": run == "interpret", "config": config}
+
+
+def problem(kv_heads, heads, head_dim, chunks, chunk, group, dtype=np.float32, seed=0):
+    rng = np.random.default_rng(seed)
+    keys = rng.standard_normal((kv_heads, chunks * chunk, head_dim)) + 0.5 * rng.standard_normal((kv_heads, 1, head_dim))
+    rotation = np.linalg.qr(rng.standard_normal((head_dim, head_dim)))[0].astype(np.float32)
+    query = np.asarray(jnp.asarray(2 * rng.standard_normal((kv_heads, heads, head_dim)), dtype))
+    means, codes, scales = sketch_chunks(jnp.asarray(keys, jnp.float32), jnp.asarray(rotation), chunk)
+    means, scales = means.astype(dtype), scales.astype(dtype)
+    window_scores = rng.standard_normal((kv_heads, heads, 3 * group))
+    peaks = window_scores.reshape(kv_heads, heads, 3, group).max(-1)
+    sums = np.exp(window_scores.reshape(kv_heads, heads, 3, group) - peaks[..., None]).sum(-1)
+    window = jnp.asarray(np.stack([peaks, sums], axis=2).transpose(0, 3, 2, 1), jnp.float32)  # [K, splits, 2, G]
+    stamps = rng.integers(-2, chunks - 1, (kv_heads, chunks * chunk // group)).astype(np.int32)
+    return query, rotation, means, codes, scales, jnp.asarray(stamps), window, window_scores
+
+
+def check(run, query, rotation, means, codes, scales, stamps, window, window_scores, *, own, config=None, **rules):
+    rotated = (query.astype(np.float64) @ rotation).astype(np.float32)
+    out = sketch_routing(
+        query_columns(jnp.asarray(query), jnp.asarray(rotation)),
+        means,
+        codes,
+        scales,
+        stamps + 0,
+        window,
+        jnp.int32(own),
+        **rules,
+        **settings(run, **(config or {})),
+    )
+    stamps, listed, refused, masses = reference_routing(
+        query, rotated, means, np.asarray(unpack_codes(codes)), scales, stamps, window_scores, own, **rules
+    )
+    # The reference is float64: a mass this close to the threshold may fall on either side, so the cases avoid it.
+    assert not (np.abs(masses / rules["threshold"] - 1) < 1e-4).any(), "pick another seed"
+    for k in range(len(listed)):
+        assert list(np.asarray(out.ids[k, : out.counts[k, 0]])) == listed[k]
+    np.testing.assert_array_equal(out.stamps, stamps)
+    np.testing.assert_array_equal(out.counts[:, 1], refused)
+    return listed
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize(("heads", "head_dim"), [(1, 64), (4, 128), (7, 64), (8, 128), (3, 80), (2, 96), (16, 64)])
+def test_same_pages_as_reference(run, heads, head_dim):
+    data = problem(2, heads, head_dim, chunks=13, chunk=16, group=4, seed=heads)
+    stamps = jnp.where(jnp.arange(52) // 4 < 2, -2, jnp.where(jnp.arange(52) // 4 >= 10, -2, data[5]))
+    data = (*data[:5], stamps, *data[6:])
+    rules = {"sink_chunks": 2, "local_chunks": 2, "group_size": 4, "threshold": 0.02, "capacity": 64, "scale": head_dim**-0.5}
+    listed = check(run, *data, own=12, config={"block_chunks": 2, "select_pages": 16 if heads % 2 else 64}, **rules)
+    assert all(0 < len(pages) <= 32 for pages in listed)
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_chunks_of_64_and_groups_of_16(run, dtype):
+    data = problem(2, 4, 64, chunks=21, chunk=64, group=16, dtype=dtype, seed=3)
+    rules = {"sink_chunks": 1, "local_chunks": 3, "group_size": 16, "threshold": 0.03, "capacity": 128, "scale": 0.125}
+    data = (*data[:5], jnp.full_like(data[5], -2), *data[6:])
+    check(run, *data, own=20, **rules)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_full_lists_refuse_new_requests_in_page_order(run):
+    data = problem(2, 3, 64, chunks=13, chunk=16, group=4, seed=1)
+    stamps = jnp.where((jnp.arange(52) % 7 == 0) & (jnp.arange(52) >= 8) & (jnp.arange(52) < 40), 11, -2) * jnp.ones((2, 1), jnp.int32)
+    rules = {"sink_chunks": 2, "local_chunks": 2, "group_size": 4, "threshold": 0.01, "capacity": 9, "scale": 0.125}
+    listed = check(run, *data[:5], stamps, *data[6:], own=12, config={"select_pages": 8}, **rules)
+    assert all(len(pages) == 9 for pages in listed)
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize(("own", "threshold"), [(0, 0.01), (4, 0.01), (12, 0.999)])
+def test_nothing_to_open(run, own, threshold):
+    data = problem(1, 2, 64, chunks=13, chunk=16, group=4, seed=2)
+    rules = {"sink_chunks": 2, "local_chunks": 2, "group_size": 4, "threshold": threshold, "capacity": 8, "scale": 0.125}
+    assert check(run, *data[:5], jnp.full_like(data[5], -2), *data[6:], own=own, **rules) == [[]]
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_tiny_threshold_opens_everything(run):
+    data = problem(1, 2, 64, chunks=13, chunk=16, group=4, seed=2)
+    rules = {"sink_chunks": 2, "local_chunks": 2, "group_size": 4, "threshold": 1e-12, "capacity": 52, "scale": 0.125}
+    assert check(run, *data[:5], jnp.full_like(data[5], -2), *data[6:], own=12, **rules) == [list(range(8, 40))]
+
+
+def test_packing_is_what_the_docstring_says_and_inverts():
+    codes = np.random.default_rng(0).integers(0, 4, (3, 80))
+    packed = np.asarray(pack_codes(jnp.asarray(codes)))
+    assert packed.shape == (3, 20)
+    for j in range(4):
+        np.testing.assert_array_equal(packed >> 2 * j & 3, codes[:, 20 * j : 20 * j + 20])
+    np.testing.assert_array_equal(unpack_codes(jnp.asarray(packed)), codes)
+
+
+def test_appended_chunk_equals_sketching_all_at_once():
+    rng = np.random.default_rng(0)
+    keys = jnp.asarray(rng.standard_normal((2, 48, 64)), jnp.float32)
+    rotation = jnp.asarray(np.linalg.qr(rng.standard_normal((64, 64)))[0], jnp.float32)
+    whole = sketch_chunks(keys, rotation, 16)
+    state = tuple(jnp.zeros_like(x) for x in whole)
+    for chunk in (2, 0, 1):
+        state = append_sketch(*state, keys[:, chunk * 16 : chunk * 16 + 16], rotation, jnp.int32(chunk))
+    for built, expected in zip(state, whole, strict=True):
+        np.testing.assert_allclose(built, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_sizes_that_do_not_fit_are_named():
+    with pytest.raises(ValueError, match="codes of shape"):
+        jax.eval_shape(
+            lambda codes, means: sketch_routing(
+                query_columns(jnp.zeros((4, 2, 128)), jnp.eye(128)), means, codes, jnp.zeros((4, 2**24)), jnp.zeros((4, 2**20), jnp.int32),
+                jnp.zeros((4, 1, 2, 2)), jnp.int32(5), sink_chunks=1, local_chunks=1, group_size=16, threshold=0.1, capacity=8, scale=1.0,
+                implementation="pallas", interpret=True,
+            ),
+            jax.ShapeDtypeStruct((4, 2**24, 32), jnp.uint8), jax.ShapeDtypeStruct((4, 2**18, 128), jnp.bfloat16),
+        )  # fmt: skip
+    with pytest.raises(ValueError, match="block_chunks=3"):
+        Config(block_chunks=3)
