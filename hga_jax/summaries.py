@@ -1,6 +1,6 @@
 """What is remembered of closed chunks and groups so that queries can be routed: pure functions, keys in, a pytree of arrays out.
 
-Every array of a summaries pytree has one axis of chunks, groups or tokens, a whole number of entries to a chunk, so that `write` and
+Every array of a summaries pytree has its chunks, groups or tokens on axis 1, a whole number of entries to a chunk, so that `write` and
 whoever places summaries in memory need not know which policy made them.
 """
 
@@ -71,10 +71,6 @@ def write(summaries: Any, fresh: Any, first_chunk: Int[Array, ""], fresh_chunks:
     """Put the summaries of `fresh_chunks` neighbouring chunks in their place."""
 
     def put(old: Array, new: Array) -> Array:
-        longer = [axis for axis in range(old.ndim) if old.shape[axis] != new.shape[axis]]
-        if not longer:
-            return new
-        axis = longer[0]
-        return lax.dynamic_update_slice_in_dim(old, new, first_chunk * (new.shape[axis] // fresh_chunks), axis=axis)
+        return lax.dynamic_update_slice_in_dim(old, new, first_chunk * (new.shape[1] // fresh_chunks), axis=1)
 
     return jax.tree.map(put, summaries, fresh)
