@@ -95,7 +95,7 @@ def first_requests(scores: Float[Array, "*B Q n"], count: int, watched: Float[Ar
 
     def halve(bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds
-        middle = low + (high - low) / 2
+        middle = low / 2 + high / 2  # their sum could overflow
         above = jnp.sum(scores >= middle, axis=-1, keepdims=True)
         exact = (above == count) & (high > low)
         stuck = (middle <= low) | (middle >= high)  # neighbouring floats: low is the threshold
@@ -246,10 +246,8 @@ def request_by_threshold(
         tokens = estimated_scores(sketches, begin // pages, chunks, rotated, rotation)
         fresh = tokens.reshape(kv_heads, rows, step, config.group_size).max(-1)  # a page weighs as much as its best token
         page = begin + jnp.arange(step)
-        counted = (page >= jnp.maximum(first_page, tile * step)) & (
-            page < end_of_row[:, None]
-        )  # each page once, in the first tile it is in
-        fresh = jnp.where(counted, fresh, -jnp.inf)
+        begin_new = jnp.maximum(first_page, tile * step)  # a page counts once, in the first tile that holds it
+        fresh = jnp.where((page >= begin_new) & (page < end_of_row[:, None]), fresh, -jnp.inf)
         new_peak = jnp.maximum(peak, fresh.max(-1))
         total = total * jnp.exp(peak - new_peak) + jnp.exp(fresh - new_peak[..., None]).sum(-1)
         return scores.at[tile].set(fresh), new_peak, total

@@ -24,8 +24,9 @@ def tensors(batch=2, tokens=100, heads=4, kv_heads=2, head_dim=16, seed=0):
 def test_windows_over_everything_equal_dense_causal_attention():
     q, k, v = tensors(tokens=203)
     expected = jax.nn.dot_product_attention(q, k, v, is_causal=True)
-    for windows in ({"local_chunks": 20}, {"sink_chunks": 20}, {"sink_chunks": 6, "local_chunks": 6}):
-        out, stats = hga_attention(q, k, v, config=replace(CONFIG, **windows), rope=ROPE, return_stats=True)
+    for windows in ({"local_chunks": 20}, {"sink_chunks": 6, "local_chunks": 6}):
+        config = replace(CONFIG, **windows)
+        out, stats = jax.jit(lambda *x, config=config: hga_attention(*x, config=config, rope=ROPE, return_stats=True))(q, k, v)
         np.testing.assert_allclose(out, expected, atol=1e-5)
         np.testing.assert_array_equal(stats.visible_keys, np.broadcast_to(np.arange(1, 204)[None, :, None], (2, 203, 4)))
         assert stats.totals.attended == pytest.approx(np.full(2, 203.0))
@@ -34,7 +35,7 @@ def test_windows_over_everything_equal_dense_causal_attention():
 def test_budgets_over_everything_equal_dense_causal_attention():
     q, k, v = tensors(tokens=203)
     config = replace(CONFIG, top_chunks=20, top_groups=200)
-    out = hga_attention(q, k, v, config=config, rope=ROPE)
+    out = jax.jit(lambda *x: hga_attention(*x, config=config, rope=ROPE))(q, k, v)
     np.testing.assert_allclose(out, jax.nn.dot_product_attention(q, k, v, is_causal=True), atol=1e-5)
 
 
@@ -50,12 +51,13 @@ def test_a_threshold_that_opens_everything_equals_dense_causal_attention():
 def test_batch_jit_and_vmap_agree():
     q, k, v = tensors()
 
+    @jax.jit
     def run(q, k, v):
         return hga_attention(q, k, v, config=CONFIG, rope=ROPE)
 
     expected = jnp.concatenate([run(q[i : i + 1], k[i : i + 1], v[i : i + 1]) for i in range(2)])
     np.testing.assert_allclose(run(q, k, v), expected, atol=1e-6)
-    np.testing.assert_allclose(jax.jit(run)(q, k, v), expected, atol=1e-6)
+    np.testing.assert_allclose(hga_attention(q, k, v, config=CONFIG, rope=ROPE), expected, atol=1e-6)
     np.testing.assert_allclose(jax.vmap(run)(q[:, None], k[:, None], v[:, None])[:, 0], expected, atol=1e-6)
 
 
@@ -74,9 +76,10 @@ def test_sequences_of_different_lengths_under_vmap():
     state = backend.init_state(100, 2, 16, jnp.float32)
     counts = jnp.array([96, 41])
     states = jax.tree.map(lambda x: jnp.stack([x, x]), state)
-    out, _, stats = jax.vmap(backend.prefill)(q, k, v, states, counts)
+    out, _, stats = jax.jit(jax.vmap(backend.prefill))(q, k, v, states, counts)
+    prefill = jax.jit(backend.prefill)
     for i, count in enumerate(counts):
-        alone, _, expected = backend.prefill(q[i], k[i], v[i], state, count)
+        alone, _, expected = prefill(q[i], k[i], v[i], state, count)
         np.testing.assert_allclose(out[i], alone, atol=1e-6)
         np.testing.assert_allclose(stats.attended[i], expected.attended, rtol=1e-6)
 
