@@ -80,6 +80,10 @@ def first_requests(scores: Float[Array, "*B Q n"], count: int, watched: Float[Ar
     there = scores > -jnp.inf
     top = jnp.max(scores, axis=-1, keepdims=True)
     low = jnp.min(jnp.where(there, scores, jnp.inf), axis=-1, keepdims=True)
+    if scores.shape[-1] >= count:
+        # Of `count` disjoint sets of entries the smallest of their maxima is no larger than the count-th best: a tighter start.
+        sets = scores[..., : scores.shape[-1] // count * count].reshape(*scores.shape[:-1], -1, count)
+        low = jnp.maximum(low, sets.max(-2).min(-1, keepdims=True))
     high = jnp.nextafter(top, jnp.inf)
     everything = jnp.sum(there, axis=-1, keepdims=True) <= count
     lowest = jnp.finfo(scores.dtype).min
@@ -149,10 +153,11 @@ def _selected_chunks(
         since = first_requests(scores, count, jnp.take_along_axis(scores, selected[..., None, :], axis=-1))
         return selected, jnp.where(best > -jnp.inf, since, length)
 
-    # Early blocks of a long history score only a half, a quarter, ... of it: sizes must be static.
-    rungs = [chunks]
-    while rungs[0] // 2 >= max(SMALLEST_RUNG, count):
-        rungs.insert(0, -(-rungs[0] // 2))
+    # Early blocks of a long history score only three quarters, a half, three eighths, ... of it: sizes must be static.
+    rungs, size = [chunks], chunks
+    while size // 2 >= max(SMALLEST_RUNG, count):
+        rungs = [-(-size // 2), -(-size * 3 // 4), *rungs]
+        size = rungs[0]
     rung = jnp.sum(middle_end > jnp.array(rungs[:-1], jnp.int32))
     selected, since = lax.switch(rung, [lambda size=size: choose(size) for size in rungs])
     if config.local_chunks == 0:
