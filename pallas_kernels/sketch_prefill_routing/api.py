@@ -18,8 +18,8 @@ from pallas_kernels.sketch_prefill_routing.keys import page_statistics
 class PageLists(NamedTuple):
     """What each of B neighbouring chunks of queries sees of the routed middle.
 
-    ids: pages, ascending. since: the first row of the chunk that sees the page (0: requested in the chunk before). counts: slots in use; the
-    others hold anything. stamps: the last chunk in which a page was requested. refused: requests for which a list had no room.
+    ids: pages, ascending. since: the first row of the chunk that sees the page (0: requested in the chunk before). counts: slots in use;
+    the others hold anything. stamps: the last chunk in which a page was requested. refused: requests for which a list had no room.
     unopened: estimated mass of the pages that are not open, summed over live queries, averaged over heads.
     """
 

@@ -11,8 +11,8 @@ from pallas_kernels.limits import power_of_two
 class Rule:
     """Which queries probe the history, and how a page is scored.
 
-    chunk_size, group_size: tokens in a chunk (one query block) and in a page. sink_chunks, local_chunks: the windows around the routed middle.
-    stride: positions p with p % stride == 0 are probes; the other queries ask for nothing themselves.
+    chunk_size, group_size: tokens in a chunk (one query block) and in a page. sink_chunks, local_chunks: the windows around the routed
+    middle. stride: positions p with p % stride == 0 are probes; the other queries ask for nothing themselves.
     scale: of the scores. spread: how many standard deviations above its mean a page counts, where a page is summarised by both.
     """
 
@@ -60,7 +60,7 @@ class Screen:
     def __post_init__(self):
         if self.stride < 1 or self.capacity < 1 or not self.spread >= 0:
             raise ValueError(f"stride={self.stride} and capacity={self.capacity} must be positive, spread={self.spread} not negative")
-        if not 0 < self.margin <= 1 or not 0 < self.threshold:
+        if not 0 < self.margin <= 1 or not self.threshold > 0:
             raise ValueError(f"margin={self.margin} must lie in (0, 1] and threshold={self.threshold} be positive")
 
 

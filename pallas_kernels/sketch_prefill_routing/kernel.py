@@ -322,7 +322,7 @@ def probe_requests(
     interpret: bool,
 ) -> Int[Array, "K B tiles P"]:
     """The first row of each chunk that asks for a page, by row tile; what lies outside a block's routed middle is not written."""
-    kv_heads, ratio = keys.shape[0], query.shape[1] // keys.shape[0]
+    ratio = query.shape[1] // keys.shape[0]
     tiles, _ = row_tiles(rule, ratio, config)
     shape = jax.ShapeDtypeStruct((*mass.shape[:2], tiles, keys.shape[2]), none_dtype(rule))
     operands = [bounds, query, keys, mass, spreads]

@@ -11,8 +11,8 @@ def reference_route(
 ):  # fmt: skip
     """query [T, N, H]; keys [K, S, H] exact; sketched [K, S, H]. screen: None, or dict(stride, spread, margin, threshold, capacity).
 
-    Returns visible[k][t] = {page: since}, stamps, refused, unopened (summed over probing queries times stride, averaged over heads), and the
-    smallest |log(mass / bound)| met: how far rounding is from changing a decision.
+    Returns visible[k][t], the pages each query sees, stamps, refused, unopened (summed over probing queries times stride, averaged over
+    heads), and the smallest |log(mass / bound)| met: how far rounding is from changing a decision.
     """
     query, keys, sketched = (np.asarray(x, np.float64) for x in (query, keys, sketched))
     stamps = np.array(stamps)
@@ -33,8 +33,8 @@ def reference_route(
             local = max(own - local_chunks, 0)
             middle = range(sink_chunks * per_chunk, max(local, sink_chunks) * per_chunk)
             carried = [page for page in range(stamps.shape[1]) if stamps[k, page] >= own - 1]
-            listed = {page: 0 for page in carried[:capacity]}
-            candidates = {page: 0 for page in sorted(candidates_before)[: screen["capacity"]]} if screen else {}
+            listed = dict.fromkeys(carried[:capacity], 0)
+            candidates = dict.fromkeys(sorted(candidates_before)[: screen["capacity"]], 0) if screen else {}
             found = {}
             probes = []
             for row in range(chunk_size):
@@ -61,13 +61,13 @@ def reference_route(
                     bound = threshold
                     pool = list(middle)
                     if screen:
-                        wanted = [p for p in middle if any([decide(mass[p], threshold * screen["margin"]) for mass, _, _ in heads])]
+                        wanted = [p for p in middle if np.any([decide(mass[p], threshold * screen["margin"]) for mass, _, _ in heads])]
                         found.update({p: row for p in wanted if p not in found})
                         for p in wanted:
                             if p not in candidates and len(candidates) < screen["capacity"]:
                                 candidates[p] = row
                         pool, bound = sorted(candidates), threshold * screen["threshold"]
-                    asked = [p for p in pool if any([decide(np.exp(exact[p] - log), bound) for _, exact, log in heads])]
+                    asked = [p for p in pool if np.any([decide(np.exp(exact[p] - log), bound) for _, exact, log in heads])]
                     for p in asked:
                         if p not in listed and len(listed) < capacity:
                             listed[p] = row

@@ -158,7 +158,7 @@ def first_asked(first: Int[Array, "K B tiles P"], bounds: Int[Array, " 2"], rule
 def lists_in_order(first: Int[Array, "K B tiles P"], stamps: Int[Array, "K P"], bounds, *, capacity: int, rule: Rule):
     """(ids, since, [listed, refused], stamps) with requests that were refused forgotten, which makes each block wait for the one before."""
     none = rule.chunk_size
-    kv_heads, blocks, _, pages = first.shape
+    kv_heads, blocks = first.shape[:2]
 
     def one(block: Int[Array, ""], carry: tuple) -> tuple:
         *out, stamps = carry
