@@ -15,8 +15,11 @@ from hga_jax.backend import Stats
 from hga_jax.blocks import LayerState, attend, new_state, summarise_new
 from hga_jax.cache import DeviceHistory
 from hga_jax.config import HGAConfig, RopeConfig
-from hga_jax.policies import policy_for
+from hga_jax.listed import attend_listed
+from hga_jax.policies import Policy, policy_for
 from hga_jax.pytree import register
+from pallas_kernels.dispatch import Implementation, choose
+from pallas_kernels.sketch_prefill_routing import unsupported
 
 
 @register
@@ -65,7 +68,7 @@ class HGAAttention:
         start = state.length
         state = replace(state, history=state.history.append(key, value, count))
         state = summarise_new(state, start, key.shape[0], self.config, policy)
-        out, _, state, stats = attend(query, start, count, state, self.config, policy, scale)
+        out, _, state, stats = _attend(query, start, count, state, self.config, policy, scale, None)
         return out, state, stats
 
     def decode(
@@ -95,12 +98,12 @@ def hga_attention(
     S = query_start + T; each of the K heads serves N / K neighbouring query heads. Any floating dtype; scores and softmax are float32.
     config: which tokens a query attends to. rope: the rotation the keys carry; only the paper policy's "mixed_rope" summaries need it.
     rotation: orthogonal matrix for the sketch policy instead of the built-in one. scale: of the scores, 1 / sqrt(H) by default.
-    implementation: None or "xla".
+    implementation: "pallas" (kernels), "xla", or None: kernels where they run, that is on an NVIDIA GPU, else XLA.
 
     Returns the outputs in query's dtype; with return_stats also AttentionStats (visible_keys int32 [B, T, N]). The call is stateless: with
     the sketch policy a query sees its own requests and those of earlier queries of this call. T = 1 is the decode rule.
 
-    Raises ValueError for arguments that do not fit together, NotImplementedError for an implementation this version lacks.
+    Raises ValueError for arguments that do not fit together, NotImplementedError for "pallas" where the kernels cannot run.
     Source: arXiv 2606.30709.
     """
     _check(query, key, value, config, rope, rotation, query_start, implementation)
@@ -112,11 +115,29 @@ def hga_attention(
         capacity = -(-k.shape[0] // config.chunk_size) * config.chunk_size
         state = new_state(DeviceHistory.holding(k, v, config.group_size, capacity), k.dtype, config, policy)
         state = summarise_new(state, jnp.int32(0), capacity, config, policy)
-        out, visible, _, stats = attend(q, start, count, state, config, policy, scale)
+        out, visible, _, stats = _attend(q, start, count, state, config, policy, scale, implementation)
         return out, visible, stats
 
     out, visible, totals = jax.vmap(one)(query, key, value)
     return (out, AttentionStats(visible, totals)) if return_stats else out
+
+
+def _attend(
+    query: Float[Array, "T N H"],
+    start: Int[Array, ""],
+    count: Int[Array, ""],
+    state: LayerState,
+    config: HGAConfig,
+    policy: Policy,
+    scale: float,
+    implementation: Implementation | None,
+) -> tuple[Float[Array, "T N H"], Int[Array, "T N"], LayerState, Stats]:
+    """All blocks at once by kernels where they run, or where screening is wanted; else block by block."""
+    reason = "the paper policy has no kernels" if policy.list_pages is None else unsupported(query, state.history.pages, config.chunk_size, config.group_size)
+    chosen = choose("hga prefill", implementation, reason)
+    if policy.list_pages is not None and query.shape[0] > 1 and (chosen == "pallas" or config.screening == "on"):
+        return attend_listed(query, start, count, state, config, policy, scale, chosen)
+    return attend(query, start, count, state, config, policy, scale)
 
 
 def _check(query, key, value, config, rope, rotation, query_start, implementation) -> None:
@@ -143,7 +164,5 @@ def _check(query, key, value, config, rope, rotation, query_start, implementatio
         raise ValueError(f"head_dim {width} must be even for rotary embeddings")
     if rotation is not None and rotation.shape != (width, width):
         raise ValueError(f"rotation has shape {rotation.shape}: [{width}, {width}] is needed")
-    if implementation == "pallas":
-        raise NotImplementedError('implementation="pallas": there are no kernels for this function yet; use "xla" or None')
-    if implementation not in (None, "xla"):
-        raise ValueError(f'{implementation=}: choose None or "xla"')
+    if implementation not in (None, "pallas", "xla"):
+        raise ValueError(f'{implementation=}: choose None, "pallas" or "xla"')

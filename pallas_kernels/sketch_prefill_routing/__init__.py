@@ -2,5 +2,6 @@
 
 from pallas_kernels.sketch_prefill_routing.api import PageLists, route
 from pallas_kernels.sketch_prefill_routing.config import Config, Rule, Screen
+from pallas_kernels.sketch_prefill_routing.kernel import unsupported
 
-__all__ = ["Config", "PageLists", "Rule", "Screen", "route"]
+__all__ = ["Config", "PageLists", "Rule", "Screen", "route", "unsupported"]

@@ -26,10 +26,10 @@ LOG2E = math.log2(math.e)
 LOWEST = -1e30  # in place of -inf where differences are taken
 
 
-def unsupported(query: Any, pages: Any, rule: Rule) -> str | None:
+def unsupported(query: Any, pages: Any, chunk_size: int, group_size: int) -> str | None:
     """Why the kernels cannot take these arrays (or shapes), or None."""
-    if not (power_of_two(rule.chunk_size) and power_of_two(rule.group_size) and rule.chunk_size >= 16):
-        return f"chunk_size={rule.chunk_size} and group_size={rule.group_size} are not powers of two of at least 16 tokens a chunk"
+    if not (power_of_two(chunk_size) and power_of_two(group_size) and chunk_size >= 16):
+        return f"{chunk_size=} and {group_size=} are not powers of two of at least 16 tokens a chunk"
     if query.dtype != pages.dtype or query.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         return f"queries are {query.dtype}, keys {pages.dtype}"
     if max(math.prod(query.shape), math.prod(pages.shape)) >= 2**31:
