@@ -133,7 +133,11 @@ def _attend(
     implementation: Implementation | None,
 ) -> tuple[Float[Array, "T N H"], Int[Array, "T N"], LayerState, Stats]:
     """All blocks at once by kernels where they run, or where screening is wanted; else block by block."""
-    reason = "the paper policy has no kernels" if policy.list_pages is None else unsupported(query, state.history.pages, config.chunk_size, config.group_size)
+    reason = (
+        "the paper policy has no kernels"
+        if policy.list_pages is None
+        else unsupported(query, state.history.pages, config.chunk_size, config.group_size)
+    )
     chosen = choose("hga prefill", implementation, reason)
     if policy.list_pages is not None and query.shape[0] > 1 and (chosen == "pallas" or config.screening == "on"):
         return attend_listed(query, start, count, state, config, policy, scale, chosen)

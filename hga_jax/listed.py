@@ -73,7 +73,9 @@ def _visible_keys(lists: PageLists, blocks: _Blocks, heads: int, config: HGAConf
     kv_heads, _, per_kv_head, most = lists.ids.shape
     there = jnp.arange(most) < lists.counts[..., None]
     seen = jnp.sum(there[..., None] & (lists.since[..., None] <= jnp.arange(config.chunk_size)), axis=3)  # [K, B, R, Q]
-    seen = jnp.repeat(config.group_size * seen.transpose(1, 3, 0, 2).reshape(*blocks.positions.shape, -1), heads // (kv_heads * per_kv_head), 2)
+    seen = jnp.repeat(
+        config.group_size * seen.transpose(1, 3, 0, 2).reshape(*blocks.positions.shape, -1), heads // (kv_heads * per_kv_head), 2
+    )
     return _window_keys(blocks, config)[..., None] + seen
 
 
