@@ -37,10 +37,10 @@ class HGAConfig:
     threshold: sketch policy, the share of a query's attention mass above which a page is opened (0 < threshold < 1), or a level of QUALITY,
     whose threshold depends on how many query heads share a kv head.
     page_capacity: sketch policy, the most routed pages of a kv head open at a time; further requests are refused, in query order.
-    screening: sketch policy, how prefill finds pages. "off": every query scans the sketch of every token. "on": every screen_stride-th query
-    looks at each page's mean key plus screen_spread standard deviations; pages that reach screen_margin of the threshold are candidates, and
-    those whose sketches reach screen_threshold of the threshold are requested. "auto": on in histories with room for more than SCREEN_FROM
-    tokens on an NVIDIA GPU, off elsewhere. Decode always scans everything.
+    screening: sketch policy, how prefill finds pages. "off": every query scans the sketch of every token. "on": every screen_stride-th
+    query looks at each page's mean key plus screen_spread standard deviations; pages that reach screen_margin of the threshold are
+    candidates, and those whose sketches reach screen_threshold of the threshold are requested. "auto": on an NVIDIA GPU, in histories with
+    room for more than SCREEN_FROM tokens; off elsewhere. Decode always scans everything.
     top_chunks, top_groups, summary: paper policy; `top_groups // 2` is what each single query requests.
     """
 

@@ -65,7 +65,7 @@ def test_prompt_in_two_calls_that_meet_inside_a_chunk():
     block_by_block, at_once = both(CONFIG, [(120, 107), (120, 93)])
     compare(block_by_block, at_once)
     assert block_by_block[1][3].refused == 0
-    assert 0 < block_by_block[1][3].unopened
+    assert block_by_block[1][3].unopened > 0
 
 
 def test_requests_are_refused_in_the_same_order():
@@ -81,7 +81,7 @@ def test_kernels_on_a_gpu():
 
 
 def test_screening_opens_nearly_the_same_pages():
-    """Probing every query, with a margin that lets every page through, screening is the full scan but for its estimate of the total mass."""
+    """Every query probes and every page is a candidate: the full scan, but for its estimate of the total mass."""
     loose = replace(CONFIG, screening="on", screen_stride=1, screen_margin=1e-6, screen_threshold=1.0)
     q, k, v = tensors(200)
     seen = []

@@ -120,9 +120,7 @@ def test_no_live_query():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    ("lists", "group_heads", "head_dim"), [(1, 8, 128), (8, 8, 128), (1, 7, 64), (1, 4, 80), (1, 16, 96), (1, 2, 256), (1, 1, 128)]
-)
+@pytest.mark.parametrize(("lists", "group_heads", "head_dim"), [(1, 8, 128), (8, 8, 128), (1, 7, 64), (1, 4, 80), (1, 16, 96), (1, 2, 256), (1, 1, 128)])
 def test_real_sizes(lists, group_heads, head_dim):
     windows = {"chunk_size": 64, "sink_chunks": 2, "local_chunks": 8}
     arguments = problem(150, 2 * group_heads, 2, head_dim, 5000, 140, lists, 80, jnp.bfloat16, windows=windows)
@@ -143,3 +141,5 @@ def test_wrong_input_is_refused():
         call(*arguments, **settings | {"chunk_size": 48})
     with pytest.raises(ValueError, match="rows=24"):
         prefill.Config(rows=24)
+
+

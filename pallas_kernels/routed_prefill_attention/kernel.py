@@ -60,7 +60,9 @@ def list_words(
 ) -> tuple[Int[Array, "K B R slots"], Int[Array, "K B R"]]:  # fmt: skip
     """One word a page, page * 256 + first row that sees it, windows first; and the words in use. Slots are a multiple of `multiple`."""
     held, group_size = pages.shape[1], pages.shape[3]
-    near, live = window_pages(own_chunk, chunk_size=chunk_size, group_size=group_size, sink_chunks=sink_chunks, local_chunks=local_chunks)
+    near, live = window_pages(
+        own_chunk, chunk_size=chunk_size, group_size=group_size, sink_chunks=sink_chunks, local_chunks=local_chunks
+    )
     window = jnp.where(live, near << SINCE_BITS, NOBODY)
     seen = (jnp.arange(page_ids.shape[3]) < counts[..., None]) & (since < chunk_size) & (page_ids >= 0) & (page_ids < held)
     listed = jnp.where(seen, (page_ids << SINCE_BITS) + jnp.maximum(since, 0), NOBODY)
