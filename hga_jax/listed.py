@@ -9,10 +9,11 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax import custom_batching, lax
 from jaxtyping import Array, Bool, Float, Int
 
 from hga_jax.backend import Stats
-from hga_jax.blocks import LayerState, window_starts
+from hga_jax.blocks import LayerState, Opened, window_starts
 from hga_jax.config import HGAConfig
 from hga_jax.policies import PageLists, Policy
 from pallas_kernels.dispatch import Implementation
@@ -35,31 +36,45 @@ def attend_listed(
     policy: Policy,
     scale: float,
     implementation: Implementation,
-) -> tuple[Float[Array, "T N H"], Int[Array, "T N"], LayerState, Stats]:
-    """Attention of the first `count` queries, at positions start, start+1, ... of a device history that holds them; see blocks.attend."""
+) -> tuple[Float[Array, "T N H"], Int[Array, "T N"], LayerState, Stats, Opened]:
+    """Attention of the first `count` queries, at positions start, start+1, ... of a device history that holds them.
+
+    Returns what blocks.attend_and_keep does; visible keys and what was opened cost nothing where they are not used.
+    """
     length, heads, _ = query.shape
     lists = policy.list_pages(query, state.history.pages, state.summaries, state.stamps, start, count, implementation)
-    out, _ = routed_prefill_attention(
-        query,
-        state.history.pages,
-        start,
-        count,
-        lists.ids,
-        lists.since,
-        lists.counts,
-        chunk_size=config.chunk_size,
-        sink_chunks=config.sink_chunks,
-        local_chunks=config.local_chunks,
-        scale=scale,
-        implementation=implementation,
-    )
+
+    @custom_batching.sequential_vmap  # kernels take one sequence
+    def attention(*arrays: Array) -> tuple[Array, Array]:
+        return routed_prefill_attention(
+            *arrays,
+            chunk_size=config.chunk_size,
+            sink_chunks=config.sink_chunks,
+            local_chunks=config.local_chunks,
+            scale=scale,
+            implementation=implementation,
+        )
+
+    out, log_sums = attention(query, state.history.pages, start, count, lists.ids, lists.since, lists.counts)
     positions = start // config.chunk_size * config.chunk_size + jnp.arange(lists.ids.shape[1] * config.chunk_size)
     positions = positions.reshape(-1, config.chunk_size)
     blocks = _Blocks(positions, (positions >= start) & (positions < start + count))
     visible = _visible_keys(lists, blocks, heads, config).reshape(-1, heads)
     row = start % config.chunk_size + jnp.arange(length)
     visible = jnp.where((jnp.arange(length) < count)[:, None], visible[row], 0)
-    return out, visible, replace(state, stamps=lists.stamps), _stats(lists, blocks, config)
+    opened = _opened(lists, log_sums, start, config)
+    return out, visible, replace(state, stamps=lists.stamps), _stats(lists, blocks, config), opened
+
+
+def _opened(lists: PageLists, log_sums: Float[Array, "T N"], start: Int[Array, ""], config: HGAConfig) -> Opened:
+    """What the gradient needs."""
+    kv_heads, blocks, _, most = lists.ids.shape
+    there = jnp.arange(most) < lists.counts[..., None]
+    pages, since = jnp.where(there, lists.ids, 0), jnp.where(there, lists.since, config.chunk_size)
+    room = jnp.zeros((blocks * config.chunk_size, log_sums.shape[1]))
+    peaks = lax.dynamic_update_slice_in_dim(room, log_sums, start % config.chunk_size, 0)
+    peaks = jnp.moveaxis(peaks.reshape(blocks, config.chunk_size, kv_heads, -1), 1, 3)
+    return Opened(pages.swapaxes(0, 1), since.swapaxes(0, 1), lists.counts.max((0, 2)), peaks)
 
 
 def _window_keys(blocks: _Blocks, config: HGAConfig) -> Int[Array, "B Q"]:

@@ -36,7 +36,7 @@ def both(config, pieces, tokens=200, implementation="xla"):
         state = replace(state, history=state.history.append(k, v, count))
         state = summarise_new(state, start, k.shape[0], config, policy)
         if listed:
-            return attend_listed(q, start, count, state, config, policy, 0.25, implementation)
+            return attend_listed(q, start, count, state, config, policy, 0.25, implementation)[:4]
         return attend(q, start, count, state, config, policy, 0.25)
 
     results = []
