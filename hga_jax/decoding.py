@@ -1,7 +1,7 @@
 """One decoded token of one layer through the decode operations: windows, routing, pages from whichever tier, exact merge.
 
-The same rule as blocks.py for a block of one query, in a handful of launches. The token's K/V go into their page while the windows are read;
-closing a chunk (its summary, its pages to the host) is put off to `close_chunk`, once in a chunk and never inside a token.
+The same rule as blocks.py for a block of one query, in a handful of launches. The token's K/V go into their page while the windows are
+read; closing a chunk (its summary, its pages to the host) is put off to `close_chunk`, once in a chunk and never inside a token.
 """
 
 from __future__ import annotations
