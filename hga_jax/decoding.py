@@ -50,7 +50,7 @@ class How:
         return self.plain() | ({"config": sketch_routing.Config(unpack="arithmetic", scan_programs=2)} if self.interpret else {})
 
 
-def unsupported(config: HGAConfig, heads: int, kv_heads: int, capacity: int, head_dim: int) -> str | None:
+def cannot_decode(config: HGAConfig, heads: int, kv_heads: int, capacity: int, head_dim: int) -> str | None:
     """Why the kernels cannot decode this shape; None when they can."""
     if not (power_of_two(config.group_size) and power_of_two(config.chunk_size)):
         return f"group_size={config.group_size} and chunk_size={config.chunk_size} are not powers of two"

@@ -15,7 +15,7 @@ from hga_jax.backend import AttentionBackend
 from hga_jax.cache.tiers import choose_tier
 from hga_jax.config import ModelConfig
 from hga_jax.model import Decoder, weight_leaves
-from hga_jax.programs import SEGMENT, SUPER_BLOCK, padded_size
+from hga_jax.programs import SEGMENT, SUPER_BLOCK, padded_size, segment_of
 
 GIB = 2**30
 MAIN_MEMORY = "available main memory"
@@ -110,7 +110,7 @@ def make_plan(config: ModelConfig, backend: AttentionBackend, ctx: int, dtype: A
     working = sizes["history"] // config.layers if tier == "host" else 0
     size, width = padded_size(ctx, SEGMENT, SUPER_BLOCK), jnp.dtype(dtype).itemsize
     inner = max(config.mlp_size, config.expert_size * config.experts_per_token, config.heads * config.head_dim)
-    activations = 2 * size * config.hidden_size * width + SEGMENT * inner * 4 * 4 + 2 * config.vocab_size * 4
+    activations = 2 * size * config.hidden_size * width + segment_of(size) * inner * 4 * 4 + 2 * config.vocab_size * 4
     memory, limit = _memory(device)
     apart = tier == "host" and device.platform != "cpu"
     return Plan(
