@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hga_jax.adapters import AttentionCache, FlaxAttention, dot_product_attention
     from hga_jax.attention import HGAAttention, hga_attention
     from hga_jax.backend import AttentionBackend, DenseAttention
     from hga_jax.config import HGAConfig, ModelConfig, RopeConfig
@@ -19,25 +20,31 @@ if TYPE_CHECKING:
 # Loaded when first used, so that the command line answers wrong options before JAX is imported.
 _HOMES = {
     "AttentionBackend": "backend",
+    "AttentionCache": "adapters",
     "DenseAttention": "backend",
+    "FlaxAttention": "adapters",
     "GenerateResult": "generation",
     "HGAAttention": "attention",
     "HGAConfig": "config",
     "LanguageModel": "language_model",
     "ModelConfig": "config",
     "RopeConfig": "config",
+    "dot_product_attention": "adapters",
     "hga_attention": "attention",
     "load_model": "loading",
 }
 __all__ = [
     "AttentionBackend",
+    "AttentionCache",
     "DenseAttention",
+    "FlaxAttention",
     "GenerateResult",
     "HGAAttention",
     "HGAConfig",
     "LanguageModel",
     "ModelConfig",
     "RopeConfig",
+    "dot_product_attention",
     "hga_attention",
     "load_model",
 ]
