@@ -13,7 +13,6 @@ from reference_cases import SKETCH, tensors
 from hga_jax import AttentionCache, FlaxAttention, HGAAttention, RopeConfig, dot_product_attention, hga_attention
 
 EVERYTHING = replace(SKETCH, local_chunks=9)  # windows over all tokens: the answer is that of dense attention
-QUICK = {"xla_backend_optimization_level": 0}
 
 
 def batch(tokens):
@@ -23,7 +22,7 @@ def batch(tokens):
 def test_drop_in_for_jax_nn():
     q, k, v = batch(50)
     lengths = jnp.array([50, 20])
-    run = jax.jit(partial(dot_product_attention, is_causal=True, config=EVERYTHING), compiler_options=QUICK)
+    run = jax.jit(partial(dot_product_attention, is_causal=True, config=EVERYTHING))
     expected = jax.nn.dot_product_attention(q, k, v, is_causal=True, query_seq_lengths=lengths, key_value_seq_lengths=lengths)
     out = run(q, k, v, query_seq_lengths=lengths, key_value_seq_lengths=lengths)
     np.testing.assert_allclose(out[0], expected[0], atol=1e-5)
@@ -34,7 +33,7 @@ def test_drop_in_for_jax_nn():
 def test_drop_in_without_a_batch_axis():
     """And with keys that no query sees."""
     q, k, v = tensors(40)
-    out = jax.jit(partial(dot_product_attention, is_causal=True, config=EVERYTHING), compiler_options=QUICK)(q[:20], k, v)
+    out = jax.jit(partial(dot_product_attention, is_causal=True, config=EVERYTHING))(q[:20], k, v)
     np.testing.assert_allclose(out, jax.nn.dot_product_attention(q[:20], k, v, is_causal=True), atol=1e-5)
 
 
@@ -59,13 +58,13 @@ def test_flax_multi_head_attention():
     dense, ours = (make(attention_fn=fn, rngs=nnx.Rngs(0)) for fn in (dense_fn, FlaxAttention(EVERYTHING, RopeConfig())))
     x = jax.random.normal(jax.random.key(0), (2, 40, 32))
     expected = dense(x, is_causal=True)
-    run = jax.jit(lambda module, x: module(x, is_causal=True), compiler_options=QUICK)
+    run = jax.jit(lambda module, x: module(x, is_causal=True))
     np.testing.assert_allclose(run(ours, x), expected, atol=1e-5)
 
     ours.init_cache((2, 40, 32))
     graph, state = nnx.split(ours)
 
-    @partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def step(state, token):
         module = nnx.merge(graph, state)
         out = module(token[:, None], is_causal=True, decode=True)
@@ -97,7 +96,7 @@ def test_cache_in_a_decode_loop():
     prompts = jnp.array([57, 40])
     cache = AttentionCache.create(HGAAttention(SKETCH), batch=2, capacity=64, kv_heads=2, head_dim=16, dtype=jnp.float32)
 
-    @partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def run(q, k, v, cache):
         out, cache = cache.attend(q, k, v, prompts)
 
@@ -110,7 +109,7 @@ def test_cache_in_a_decode_loop():
         return out, tokens, cache.lengths
 
     out, tokens, lengths = run(q, k, v, cache)
-    expected = jax.jit(partial(hga_attention, config=SKETCH), compiler_options=QUICK)(q, k, v)
+    expected = jax.jit(partial(hga_attention, config=SKETCH))(q, k, v)
     assert lengths.tolist() == [60, 43]
     for b, prompt in enumerate(prompts.tolist()):
         np.testing.assert_allclose(out[b, :prompt], expected[b, :prompt], atol=1e-5)

@@ -1,7 +1,6 @@
 """hga_attention as a function: shapes, jit, vmap, statistics, what wrong arguments get."""
 
 from dataclasses import replace
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -89,7 +88,7 @@ def test_each_sequence_at_its_own_position():
     """A decode step of somebody else's batch: one query each, at different positions of caches that have room for more."""
     q, k, v = tensors(tokens=64)
 
-    @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    @jax.jit
     def run(q, k, v, start):
         return hga_attention(q, k, v, config=CONFIG, rope=ROPE, query_start=start)
 
