@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hga_jax.adapters import AttentionCache, FlaxAttention, dot_product_attention
-    from hga_jax.attention import HGAAttention, hga_attention
+    from hga_jax.attention import HGAAttention, hga_attention, opened_pages
     from hga_jax.backend import AttentionBackend, DenseAttention
     from hga_jax.config import HGAConfig, ModelConfig, RopeConfig
     from hga_jax.generation import GenerateResult
@@ -32,6 +32,7 @@ _HOMES = {
     "dot_product_attention": "adapters",
     "hga_attention": "attention",
     "load_model": "loading",
+    "opened_pages": "attention",
 }
 __all__ = [
     "AttentionBackend",
@@ -47,6 +48,7 @@ __all__ = [
     "dot_product_attention",
     "hga_attention",
     "load_model",
+    "opened_pages",
 ]
 
 
