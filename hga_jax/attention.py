@@ -239,11 +239,9 @@ def opened_pages(
         opened = _attend(q, start, jnp.int32(len(q)), state, config, policy, scale, None, keep=True)[4]
         blocks, kv_heads, lists, _ = opened.pages.shape
         heads, rows = q.shape[1], opened.peaks.shape[-1]
-        at = tuple(
-            jnp.arange(n).reshape(shape) for n, shape in zip(opened.pages.shape[:3], ((-1, 1, 1, 1), (-1, 1, 1), (-1, 1)), strict=True)
-        )
+        at = jnp.ix_(*(jnp.arange(n) for n in (blocks, kv_heads, lists, 1)))[:3]
         never = jnp.full((blocks, kv_heads, lists, state.history.capacity // config.group_size), rows)
-        first = never.at[(*at, opened.pages)].min(opened.since)
+        first = never.at[*at, opened.pages].min(opened.since)
         seen = first[:, :, :, None] <= jnp.arange(rows)[:, None]  # [B, K, R, Q, P]
         by_head = jnp.repeat(seen.reshape(blocks, kv_heads * lists, rows, -1), heads // (kv_heads * lists), axis=1)
         lead = start % config.chunk_size if rows > 1 else 0
