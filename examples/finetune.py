@@ -22,7 +22,7 @@ from hga_jax.model import Decoder
 
 
 @dataclass(frozen=True)
-class WholeText:
+class WholeText(hga_jax.AttentionBackend):
     """An attention backend for training: every call sees one whole text, and nothing is kept for later."""
 
     config: hga_jax.HGAConfig
@@ -67,8 +67,9 @@ def main(arguments=None):
         raise SystemExit(f"the text has {len(ids)} tokens: --length {options.length} needs at least {2 * options.length}")
     held_out, pieces = pieces[-1], pieces[:-1]
 
-    # Narrow windows, so that texts this short are routed at all; longer ones take the defaults.
-    config = hga_jax.HGAConfig(sink_chunks=1, local_chunks=1) if options.length < 2048 else hga_jax.HGAConfig()
+    # Narrow windows and a high threshold, so that texts this short are routed at all; longer ones take the defaults.
+    narrow = hga_jax.HGAConfig(sink_chunks=1, local_chunks=1, threshold=0.02)
+    config = narrow if options.length < 2048 else hga_jax.HGAConfig()
     routed, optimizer = WholeText(config), optax.adam(rate)
 
     @jax.jit

@@ -22,7 +22,7 @@ def main(arguments=None):
     for depth in options.depths:
         prompt = build_prompt(entries=options.days, fact_at=depth)
         for attention in ("dense", "hga"):
-            result = model.generate(prompt, max_new_tokens=24, ctx=32 * options.days + 256, attention=attention)
+            result = model.generate(prompt, max_new_tokens=24, attention=attention)
             found = "found" if ANSWER in result.text else "lost "
             print(
                 f"depth {depth:4.0%} of {result.prompt_tokens} tokens, {attention:5}: {found}, {result.attended_fraction:.0%} attended"
