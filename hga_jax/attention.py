@@ -11,7 +11,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from hga_jax.backend import AttentionBackend, Stats
 from hga_jax.blocks import LayerState, Opened, attend, attend_and_keep, new_state, summarise_new
@@ -332,6 +332,40 @@ def _each_sequence(one: Callable, query: Array, key: Array, value: Array, start:
         return jax.vmap(lambda *arrays: one(*arrays, start, count))(query, key, value)
     bounds = (jnp.broadcast_to(x, query.shape[:1]) for x in (start, count))
     return jax.lax.map(lambda item: one(*item), (query, key, value, *bounds))
+
+
+def opened_pages(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    *,
+    config: HGAConfig,
+    rope: RopeConfig | None = None,
+    rotation: Float[Array | np.ndarray, "H H"] | None = None,
+    query_start: int | Int[Array, ""] = 0,
+) -> Bool[Array, "B T N P"]:
+    """Which pages hga_attention's routing opens to each query and head, for looking at; the windows, always seen, are not among them.
+
+    Page p holds tokens p * group_size and so on. Arguments and errors are hga_attention's. The result has B * T * N * S / 16 bytes.
+    """
+    _check(query, key, value, config, rope, rotation, query_start, None, None)
+    scale, start = 1 / math.sqrt(query.shape[-1]), jnp.asarray(query_start, jnp.int32)
+    policy = policy_for(config, rope, query.shape[-1], scale, rotation)
+
+    def one(q: Array, k: Array, v: Array) -> Array:
+        state = _whole_state(k, v, config, policy)
+        opened = _attend(q, start, jnp.int32(len(q)), state, config, policy, scale, None, keep=True)[4]
+        blocks, kv_heads, lists, _ = opened.pages.shape
+        heads, rows = q.shape[1], opened.peaks.shape[-1]
+        at = jnp.ix_(*(jnp.arange(n) for n in (blocks, kv_heads, lists, 1)))[:3]
+        never = jnp.full((blocks, kv_heads, lists, state.history.capacity // config.group_size), rows)
+        first = never.at[*at, opened.pages].min(opened.since)
+        seen = first[:, :, :, None] <= jnp.arange(rows)[:, None]  # [B, K, R, Q, P]
+        by_head = jnp.repeat(seen.reshape(blocks, kv_heads * lists, rows, -1), heads // (kv_heads * lists), axis=1)
+        lead = start % config.chunk_size if rows > 1 else 0
+        return jax.lax.dynamic_slice_in_dim(by_head.swapaxes(1, 2).reshape(blocks * rows, heads, -1), lead, len(q))
+
+    return jax.vmap(one)(query, key, value)
 
 
 def _check(query, key, value, config, rope, rotation, query_start, lengths, implementation) -> None:
