@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,9 @@ from hga_jax.rope import resolve_rope
 from hga_jax.sampling import Sampling
 from hga_jax.text.chat import render_chat
 from hga_jax.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from hga_jax.session import Session
 
 
 @jax.tree_util.register_pytree_node_class
@@ -149,6 +153,35 @@ class LanguageModel:
         tier = choose_tier(kv_store)
         make_plan(self.config, backend, ctx, self.dtype).check()
         return Generation(self, backend, ids, ctx, sampling, seed, stop).run(max_new_tokens, tier, scaling_note, on_text, on_prefill)
+
+    def session(
+        self,
+        path: str | Path,
+        *,
+        ctx: int | None = None,
+        attention: str | AttentionBackend = "hga",
+        hga: HGAConfig | None = None,
+        rope_scaling: str = "auto",
+        kv_store: str = "auto",
+        on_damage: str = "recompute",
+        on_notice: Callable[[str], None] | None = None,
+    ) -> Session:
+        """Begin or go on with the conversation stored in the folder `path`; its parent is the store whose sessions share equal beginnings.
+
+        ctx: tokens there is room for (default: grows as needed). on_damage: "recompute" what is stored after a damaged place, with a
+        notice, or "refuse". Other options as in `generate`. Raises ValueError when the session belongs to another model or other settings,
+        is in use by another process, or (refuse) is damaged.
+
+        >>> with model.session("sessions/report") as session:
+        ...     session.generate("Summarise this report: ...").text
+        ...     session.generate("And in one sentence?").text
+        """
+        from hga_jax.session import Session
+
+        return Session(
+            self, path, ctx=ctx, attention=attention, hga=hga, rope_scaling=rope_scaling, kv_store=kv_store, on_damage=on_damage,
+            on_notice=on_notice,
+        )  # fmt: skip
 
     def encode_prompt(self, prompt: str | Sequence[int] | np.ndarray, chat: bool | None = None) -> Int[np.ndarray, " T"]:
         """Token ids of a prompt, chat template applied to text when the checkpoint has one and chat is not False. Raises ValueError."""
