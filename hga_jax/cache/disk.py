@@ -219,8 +219,8 @@ def checked(folder: Path) -> Iterator[None]:
         raise StoreError(f"{folder} is damaged: {reason}") from error
 
 
-def read(future: Any, folder: Path) -> np.ndarray:
-    """The result of a read, or StoreError."""
+def read(future: Any, folder: Path) -> Any:
+    """What TensorStore opened or read, or StoreError."""
     with checked(folder):
         return future.result()
 

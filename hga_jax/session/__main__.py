@@ -42,10 +42,9 @@ def show_all(store: Path) -> int:
         except StoreError as error:
             print(f"{folder.name}: {error}")
             continue
-        print(
-            f"{folder.name}  {manifest.model}, {len(manifest.tokens):,} tokens, {manifest.turns} turns, {stored_bytes(folder) / MIB:,.1f} MiB, "
-            f"last used {manifest.updated}"
-        )
+        size = stored_bytes(folder) / MIB
+        held = f"{len(manifest.tokens):,} tokens, {manifest.turns} turns, {size:,.1f} MiB"
+        print(f"{folder.name}  {manifest.model}, {held}, last used {manifest.updated}")
     return 0
 
 

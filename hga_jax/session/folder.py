@@ -23,6 +23,13 @@ def default_store() -> Path:
     return Path(base) / "hga_jax" / "sessions"
 
 
+def session_path(session: str, kv_store: str) -> Path:
+    """The folder of --session NAME: a path as it is, a plain name below --kv-store DIR or the user's own store."""
+    if os.sep in session:
+        return Path(session)
+    return (default_store() if kv_store in ("auto", "device", "host") else Path(kv_store)) / session
+
+
 def sessions(store: Path) -> list[Path]:
     """The session folders below a store directory. Raises ValueError when there is no such directory."""
     if not store.is_dir():

@@ -46,7 +46,7 @@ def weights_fingerprint(decoder: Decoder) -> str:
 
 
 def describe(model: Any, backend: AttentionBackend) -> dict[str, Any]:
-    """The identity of a LanguageModel's K/V under an attention backend, as JSON values. Raises ValueError for a backend it does not know."""
+    """The identity of a LanguageModel's K/V under an attention backend, as JSON values. Raises ValueError for an unknown one."""
     from convert.checkpoint import config_to_json
 
     if isinstance(backend, HGAAttention):
@@ -59,17 +59,9 @@ def describe(model: Any, backend: AttentionBackend) -> dict[str, Any]:
     rope = config.pop("rope")
     for absent in ("bos_token_id", "eos_token_ids"):
         config.pop(absent)
-    return json.loads(
-        json.dumps(
-            {
-                "model": config,
-                "weights": weights_fingerprint(model.params),
-                "rope": rope,
-                "attention": attention,
-                "dtype": jnp.dtype(model.dtype).name,
-            }  # fmt: skip
-        )
-    )
+    weights, dtype = weights_fingerprint(model.params), jnp.dtype(model.dtype).name
+    found = {"model": config, "weights": weights, "rope": rope, "attention": attention, "dtype": dtype}
+    return json.loads(json.dumps(found))  # as it will be read back: lists for tuples
 
 
 def root_id(identity: dict[str, Any]) -> str:

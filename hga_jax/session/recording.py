@@ -51,12 +51,13 @@ class _Block:
         self.tasks: list[Future] = []
 
     def write_layer(self, layer: int, pages: jax.Array, summaries: list[jax.Array]) -> None:
-        data = np.array(pages)  # a copy of our own: TensorStore may look at it after the device buffer is gone
-        beyond = self.end % self.form.group_size
+        form, count = self.form, len(self.tokens)
+        data = np.array(np.asarray(pages)[:, : form.pages(count)])  # our own copy: it outlives the device buffer
+        beyond = self.end % form.group_size
         if beyond:
             data[:, -1, :, beyond:] = 0  # what follows the last token is stale; equal tokens make equal files
-        for held, part in zip(self.summaries, summaries, strict=True):
-            held[layer] = np.array(part)
+        for held, part, (entries, _, _) in zip(self.summaries, summaries, form.summaries, strict=True):
+            held[layer] = np.asarray(part)[:, : entries * form.chunks(count)]
         self.writer.write(PAGES, data, layer).result()
 
     def finish(self, notes: dict[int, Any]) -> int:
@@ -92,7 +93,7 @@ class Recorder:
                 self._passed(header.id, len(header.tokens))
             else:
                 points = [position for position in header.reuse if position <= stored.length]
-                self.notes = {position: None for position in points}
+                self.notes = dict.fromkeys(points)
                 for position, held in load_notes(store, form, header, points).items():
                     self.notes[position] = [(held, layer) for layer in range(form.layers)]
         self._sizes = {header.id: header.bytes for header in stored.chain}
@@ -168,7 +169,7 @@ class Recorder:
         end = len(tokens)
         self.notes[end] = None if self.form.note is None else [(_noted(state, note=self.form.note)[None], 0) for state in states]
         if self.form.note is None:
-            self.notes |= {position: None for position in range(self.first + self.form.chunk_size, end, self.form.chunk_size)}
+            self.notes |= dict.fromkeys(range(self.first + self.form.chunk_size, end, self.form.chunk_size))
         block = _Block(self.store, self.form, self.staging, self.parent, self.first, tokens[self.first :])
         for layer, state in enumerate(states):
             self._write_layer(block, layer, state)

@@ -119,16 +119,19 @@ def stretch(
 
 
 def take_stretch(form: StateFormat, state: Any, first: int, tokens: int) -> tuple[Float[Array, "K n 2 g H"], list[Array]]:
-    """Copies of the pages and summaries of `tokens` tokens from `first`, the start of a block, on."""
+    """Copies of the pages and summaries of `tokens` tokens from `first`, the start of a block, on; more may follow them."""
+    room = min(form.block_tokens, history_of(state).capacity - first)  # whole blocks whatever `tokens` is: one program for all
     return stretch(
-        state, jnp.int32(first // form.group_size), jnp.int32(first // form.chunk_size), pages=form.pages(tokens),
-        chunks=form.chunks(tokens), per_chunk=tuple(entries for entries, _, _ in form.summaries),
+        state, jnp.int32(first // form.group_size), jnp.int32(first // form.chunk_size), pages=form.pages(room),
+        chunks=form.chunks(room), per_chunk=tuple(entries for entries, _, _ in form.summaries),
     )  # fmt: skip
 
 
 def pack(notes: UInt8[np.ndarray, "*n P"], pages: int) -> UInt8[np.ndarray, "*n B"]:
-    """Notes of the first `pages` pages, four a byte, the first in the lowest bits."""
-    notes = np.pad(notes[..., :pages], ((0, 0),) * (notes.ndim - 1) + ((0, -pages % 4),))
+    """Notes of the first `pages` pages, four a byte, the first in the lowest bits; pages that the notes do not reach are zero."""
+    size = -(-pages // 4) * 4
+    notes = notes[..., :pages]
+    notes = np.pad(notes, ((0, 0),) * (notes.ndim - 1) + ((0, size - notes.shape[-1]),))
     four = notes.reshape(*notes.shape[:-1], -1, 4)
     return four[..., 0] | four[..., 1] << 2 | four[..., 2] << 4 | four[..., 3] << 6
 
