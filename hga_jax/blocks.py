@@ -45,8 +45,8 @@ class LayerState:
     marks: Int[Array, "K P1"] | None = None
 
     @property
-    def length(self) -> Int[Array, ""]:
-        """Tokens held."""
+    def length(self) -> Int[Array, ""] | None:
+        """Tokens held (None inside a decode loop)."""
         return self.history.length
 
 

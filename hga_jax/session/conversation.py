@@ -17,10 +17,9 @@ from jaxtyping import Int
 from hga_jax import programs
 from hga_jax.backend import AttentionBackend
 from hga_jax.cache.disk import BlockStore, StoreError
-from hga_jax.cache.tiers import choose_tier
 from hga_jax.config import HGAConfig
 from hga_jax.generation import GenerateResult, Generation
-from hga_jax.plan import make_plan
+from hga_jax.plan import place_history, tier_of
 from hga_jax.rope import resolve_rope
 from hga_jax.sampling import Sampling
 from hga_jax.session.folder import LOCK, STAGING, Lock, collect_garbage, split
@@ -64,12 +63,13 @@ class Session:
         self.store_path, self.name = split(Path(path))
         self.folder = self.store_path / self.name
         self.on_notice, self.on_damage, self.ctx = on_notice, on_damage, ctx
-        self.tier = choose_tier(kv_store)
+        self.kv_store = kv_store
         self._trouble: Exception | None = None  # why nothing more is stored
         self._said: set[str] = set()
         self._locks: list[Lock] = []
         self._recorder: Recorder | None = None
         self._states: tuple[Any, ...] | None = None
+        self._placed: AttentionBackend | None = None  # the backend with the history in its tier
         self._capacity = 0
         self._take_locks()
         try:
@@ -135,12 +135,11 @@ class Session:
         if len(ids) >= ctx:
             raise ValueError(f"the conversation has {len(ids)} tokens and {ctx=} leaves no room for an answer: raise --ctx")
         self._check_context(min(wanted, ctx))
-        make_plan(self.model.config, self.backend, ctx, self.model.dtype).check()
         start = self._start(ids, ctx)
         self._states = None  # consumed: if the turn fails, the next one reads the disk
-        run = Generation(self.model, self.backend, ids, self._capacity, sampling, seed, stop, start, self._recorder)
+        run = Generation(self.model, self._placed, ids, self._capacity, sampling, seed, stop, start, self._recorder)
         try:
-            result = run.run(max_new_tokens, self.tier, self.scaling_note, on_text, on_prefill)
+            result = run.run(max_new_tokens, tier_of(self._placed), self.scaling_note, on_text, on_prefill)
         except BaseException:
             self._drop_recorder()
             raise
@@ -217,6 +216,8 @@ class Session:
             return self._states, held
         self._drop_recorder()
         self._states, self._capacity = None, ctx
+        self._placed, plan = place_history(self.model.config, self.backend, ctx, self.model.dtype, self.kv_store)
+        plan.check()
         limit, start = len(ids) - 1, None
         while True:
             stored = longest_stored(self.blocks, self.form, self.manifest.root, ids, limit)
@@ -224,7 +225,7 @@ class Session:
                 self._damaged(problem)
             try:
                 if stored.length:
-                    empty = programs.new_states(self.model.params, self.backend, ctx, self.model.dtype)
+                    empty = programs.new_states(self.model.params, self._placed, ctx, self.model.dtype)
                     start = load_states(self.blocks, self.form, stored, empty), stored.length
                 if self._trouble is None:
                     self._recorder = Recorder(self.blocks, self.form, self.manifest.root, self.folder / STAGING, stored)

@@ -18,8 +18,11 @@ from jaxtyping import Array, Float, Int, UInt8
 from hga_jax.attention import HGAAttention
 from hga_jax.backend import AttentionBackend
 from hga_jax.blocks import LayerState
+from hga_jax.cache import DeviceHistory, HostHistory
 from hga_jax.cache.disk import PAGES, REQUESTS, ArraySpec
-from hga_jax.config import ModelConfig
+from hga_jax.cache.window import window_places
+from hga_jax.config import HGAConfig, ModelConfig
+from pallas_kernels.routed_decode_attention import copy_pages
 
 CHUNKS_A_BLOCK = 16  # 1024 tokens: 2 MB a layer of Qwen3-30B; what a turn rewrites at most
 DENSE_CHUNK = 64  # dense attention has no chunks; reuse points and pieces of the same size as HGA's serve it
@@ -41,7 +44,7 @@ class StateFormat:
     """The shapes of what is stored of each layer, for one model and attention backend.
 
     summaries: (entries a chunk, shape of an entry, dtype) of each array the policy keeps. note: what describes a reuse point, None where
-    queries remember nothing and every chunk's end is one.
+    queries remember nothing and every chunk's end is one. hga: the settings that say which pages are windows, None for dense attention.
     """
 
     layers: int
@@ -52,6 +55,7 @@ class StateFormat:
     chunk_size: int
     summaries: tuple[tuple[int, tuple[int, ...], str], ...]
     note: RequestNote | None
+    hga: HGAConfig | None
 
     @staticmethod
     def of(backend: AttentionBackend, config: ModelConfig, dtype: Any) -> StateFormat:
@@ -62,8 +66,9 @@ class StateFormat:
         leaves = jax.tree.leaves(state.summaries) if hga else []
         summaries = tuple((leaf.shape[1], leaf.shape[2:], jnp.dtype(leaf.dtype).name) for leaf in leaves)
         note = RequestNote(chunk) if hga and state.stamps is not None else None
+        settings = backend.config if hga else None
         return StateFormat(
-            config.layers, config.kv_heads, config.head_dim, jnp.dtype(dtype).name, group, chunk, summaries, note
+            config.layers, config.kv_heads, config.head_dim, jnp.dtype(dtype).name, group, chunk, summaries, note, settings
         )  # fmt: skip
 
     @property
@@ -107,7 +112,15 @@ def stretch(
     state: Any, first_page: Int[Array, ""], first_chunk: Int[Array, ""], *, pages: int, chunks: int, per_chunk: tuple[int, ...]
 ) -> tuple[Float[Array, "K n 2 g H"], list[Array]]:
     """Copies of neighbouring pages, and of the summaries of neighbouring chunks."""
-    held = jax.lax.dynamic_slice_in_dim(history_of(state).pages, first_page, pages, axis=1)
+    history = history_of(state)
+    if isinstance(history, HostHistory) and jax.default_backend() != "cpu":  # only kernels read host memory in place
+        empty = jnp.zeros((history.kv_heads, pages, *history.pages.shape[2:]), history.pages.dtype)
+        held = copy_pages(
+            empty, history.typed().pages, target_page=jnp.int32(0), source_page=first_page, count=jnp.int32(pages), most=pages,
+            implementation="pallas",
+        )  # fmt: skip
+    else:
+        held = jax.lax.dynamic_slice_in_dim(history.pages, first_page, pages, axis=1)
     if not per_chunk:
         return held, []
     leaves = jax.tree.leaves(state.summaries)
@@ -120,7 +133,8 @@ def stretch(
 
 def take_stretch(form: StateFormat, state: Any, first: int, tokens: int) -> tuple[Float[Array, "K n 2 g H"], list[Array]]:
     """Copies of the pages and summaries of `tokens` tokens from `first`, the start of a block, on; more may follow them."""
-    room = min(form.block_tokens, history_of(state).capacity - first)  # whole blocks whatever `tokens` is: one program for all
+    history = history_of(state)
+    room = min(form.block_tokens, history.capacity - first)  # whole blocks whatever `tokens` is: one program for all
     return stretch(
         state, jnp.int32(first // form.group_size), jnp.int32(first // form.chunk_size), pages=form.pages(room),
         chunks=form.chunks(room), per_chunk=tuple(entries for entries, _, _ in form.summaries),
@@ -145,7 +159,7 @@ def rebuild(
     form: StateFormat, empty: Any, length: int, pages: np.ndarray, summaries: list[np.ndarray], notes: UInt8[np.ndarray, "K P"] | None
 ) -> Any:
     """The state of a layer whose first `length` tokens these are. `empty` comes from the backend and gives shapes; it is replaced."""
-    history = replace(history_of(empty), pages=jnp.array(pages), length=jnp.int32(length))
+    history = _refilled(history_of(empty), length, pages, form)
     if not isinstance(empty, LayerState):
         return history
     leaves, tree = jax.tree.flatten(empty.summaries)
@@ -157,4 +171,13 @@ def rebuild(
         lately = notes[:, :count].astype(np.int32)
         known[:, :count] = np.where(lately > 0, length // form.chunk_size - 2 + lately, -2)
         stamps = jnp.array(known)
-    return LayerState(history, filled, stamps)
+    return replace(empty, history=history, summaries=filled, stamps=stamps)
+
+
+def _refilled(history: DeviceHistory | HostHistory, length: int, pages: np.ndarray, form: StateFormat) -> DeviceHistory | HostHistory:
+    if isinstance(history, DeviceHistory):
+        return replace(history, pages=jnp.array(pages), length=jnp.int32(length))
+    places = window_places(jnp.int32(length), form.hga).pages
+    window = jnp.array(pages[:, np.clip(np.asarray(places), 0, pages.shape[1] - 1)])
+    on_host = jnp.array(pages) if jax.default_backend() == "cpu" else jax.device_put(pages, history.pages.sharding)
+    return replace(history, pages=on_host, window=window, length=jnp.int32(length))
