@@ -39,6 +39,9 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--kv-store", default="auto", metavar="auto|device|host|DIR", help="where the K/V history lives (default auto)")
     p.add_argument(
+        "--host-memory", type=float, metavar="GIB", help="with --kv-store DIR: host memory for pages read from it (default a quarter)"
+    )
+    p.add_argument(
         "--session", metavar="NAME", help="go on with, or begin, a conversation that is stored on disk after every run (in DIR, if given)"
     )
     p.add_argument("--rope-scaling", default="auto", metavar="auto|none|yarn:F", help="beyond the native context (default auto: YaRN)")
@@ -98,7 +101,8 @@ def run(options: argparse.Namespace) -> int:
     dtype = jnp.dtype(options.dtype) if options.dtype else default_dtype()
 
     def plan_for(config: Any, dtype: Any) -> Any:
-        return place_history(config, make_backend(options.attention, config, hga), options.ctx, dtype, options.kv_store)[1]
+        backend = make_backend(options.attention, config, hga)
+        return place_history(config, backend, options.ctx, dtype, options.kv_store, options.host_memory)[1]
 
     if options.plan:
         from convert import read_config
@@ -127,7 +131,8 @@ def run(options: argparse.Namespace) -> int:
 
         where = {
             "ctx": options.ctx, "attention": options.attention, "hga": hga, "kv_store": options.kv_store,
-            "rope_scaling": options.rope_scaling, "on_notice": lambda line: print(f"note: {line}", file=sys.stderr),
+            "host_memory": options.host_memory, "rope_scaling": options.rope_scaling,
+            "on_notice": lambda line: print(f"note: {line}", file=sys.stderr),
         }  # fmt: skip
         how = {
             "max_new_tokens": options.max_new_tokens, "temperature": options.temperature, "top_p": options.top_p, "top_k": options.top_k,

@@ -20,6 +20,7 @@ from hga_jax.text.streaming import TextStream
 
 if TYPE_CHECKING:
     from hga_jax.language_model import LanguageModel
+    from hga_jax.session.disk_tier import DiskTier
     from hga_jax.session.recording import Recorder
 
 DISPATCH_SECONDS = 0.1  # a decode dispatch makes about as many tokens as this allows, so that text keeps flowing
@@ -63,7 +64,8 @@ class Generation:
     """One run of generate: the states, the clock and the counters.
 
     start: layer states that hold the first tokens of `ids` already, and how many they hold. recorder: stores the history as it grows.
-    After `run`, `states` hold the K/V of the first `held` tokens of ids + the result's tokens.
+    disk: where the history lies, when it is neither on the device nor in host memory. After `run`, `states` hold the K/V of the first
+    `held` tokens of ids + the result's tokens.
     """
 
     def __init__(
@@ -77,9 +79,10 @@ class Generation:
         stop: Sequence[str],
         start: tuple[tuple[Any, ...], int] | None = None,
         recorder: Recorder | None = None,
+        disk: DiskTier | None = None,
     ):
         self.states, self.held = (None, 0) if start is None else start
-        self.recorder = recorder
+        self.recorder, self.disk = recorder, disk
         self.model, self.backend, self.ids, self.ctx, self.sampling = model, backend, ids, ctx, sampling
         self.key = jax.random.key(seed)
         self.stop_ids = sorted({*model.config.eos_token_ids, *(model.tokenizer.eos_ids if model.tokenizer else ())})
@@ -92,7 +95,12 @@ class Generation:
     ) -> GenerateResult:
         model, decoder = self.model, self.model.params
         reused = self.held
-        states = self.states if reused else programs.new_states(decoder, self.backend, self.ctx, model.dtype)
+        if reused:
+            states = self.states
+        elif self.disk is not None:
+            states = self.disk.new_states()
+        else:
+            states = programs.new_states(decoder, self.backend, self.ctx, model.dtype)
         history_bytes = sum(x.nbytes for path, x in jax.tree_util.tree_leaves_with_path(states) if purpose(path) == "history")
         begin = time.perf_counter()
         first, states, prefill_stats = self._prefill(states, on_prefill)
@@ -171,12 +179,14 @@ class Generation:
             positions = [min(first + done, first + count) for done in range(segment, count + segment, segment)]
             recorder.prefilled(self.ids[: first + count], layer, first, state, positions, noted)
 
-        return {"segment": segment, "note": recorder.note, "on_state": on_state}
+        home = None if self.disk is None else self.disk.home
+        return {"segment": segment, "note": recorder.note, "on_state": on_state, "home": home}
 
     def _decode(self, token: int, states: tuple, budget: int) -> Iterator[tuple[list[int], Stats, float]]:
         """Yields (new tokens, stats, seconds). The first piece is the token that prefill gave."""
         yield [token], Stats.zero(), 0.0
         position, made, step, history = len(self.ids), 1, 1, self.ids
+        decode_tokens = programs.decode_tokens if self.disk is None else self.disk.decode_tokens
         stop_ids = jnp.asarray(self.stop_ids or [-1], jnp.int32)
         warm = False
         while made < budget and token not in self.stop_ids:
@@ -184,7 +194,7 @@ class Generation:
             wanted = min(step, budget - made)
             if self.recorder is not None:
                 wanted = min(wanted, self.recorder.room(position))
-            out, count, states, stats = programs.decode_tokens(
+            out, count, states, stats = decode_tokens(
                 self.model.params, jnp.int32(token), jnp.int32(position), states, jnp.int32(wanted), stop_ids, self.sampling,
                 self.key, backend=self.backend, room=DISPATCH_ROOM,
             )  # fmt: skip

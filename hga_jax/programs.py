@@ -128,14 +128,16 @@ def prefill_blocks(
     on_layer: Callable[[float], None] | None = None,
     note: Callable[[Any], Array] | None = None,
     on_state: Callable[[int, int, int, Any, Array | None], None] | None = None,
+    home: Callable[[int], Any] | None = None,
 ) -> Iterator[SuperBlock]:
     """Run tokens (positions first, first+1, ...) through all layers, super-block by super-block.
 
     The states passed in are consumed; those of the last block yielded replace them. `on_layer` hears, after every layer, how many tokens'
     worth of work is done; `on_state` (layer, first position, tokens, the layer's state, what `note` said of it after every segment), and
-    must copy what it wants to keep: the state's buffers live on.
+    must copy what it wants to keep: the state's buffers live on. `home`: for each layer, what loads and unloads its history instead of the
+    backend, whose methods of those names it has.
     """
-    buffer = backend.prefill_buffer(states[0])
+    buffer = (backend if home is None else home(0)).prefill_buffer(states[0])
     for begin in range(0, len(tokens), super_block):
         part = np.asarray(tokens[begin : begin + super_block], np.int32)
         size = padded_size(len(part), segment, super_block)
@@ -143,7 +145,8 @@ def prefill_blocks(
         stats, done = Stats.zero(), []
         for index, (layer, state) in enumerate(zip(decoder.layers, states, strict=True)):
             position, count = jnp.int32(first + begin), jnp.int32(len(part))
-            worked = backend.load(state, buffer, first + begin)
+            keeper = backend if home is None else home(index)
+            worked = keeper.load(state, buffer, first + begin)
             settings, noted = {"backend": backend, "segment": segment}, None
             if note is None:
                 x, worked, stats = prefill_layer(layer, x, position, count, worked, stats, **settings)
@@ -151,7 +154,7 @@ def prefill_blocks(
                 x, worked, stats, noted = prefill_noted_layer(layer, x, position, count, worked, stats, **settings, note=note)
             if on_state is not None:
                 on_state(index, first + begin, len(part), worked, noted)
-            state, buffer = backend.unload(state, worked, first + begin, first + begin + len(part), size)
+            state, buffer = keeper.unload(state, worked, first + begin, first + begin + len(part), size)
             done.append(state)
             if on_layer is not None:
                 x.block_until_ready()

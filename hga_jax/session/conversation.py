@@ -19,9 +19,10 @@ from hga_jax.backend import AttentionBackend
 from hga_jax.cache.disk import BlockStore, StoreError
 from hga_jax.config import HGAConfig
 from hga_jax.generation import GenerateResult, Generation
-from hga_jax.plan import place_history, tier_of
+from hga_jax.plan import page_cache_bytes, place_history, tier_of
 from hga_jax.rope import resolve_rope
 from hga_jax.sampling import Sampling
+from hga_jax.session.disk_tier import DiskTier
 from hga_jax.session.folder import LOCK, STAGING, Lock, collect_garbage, split
 from hga_jax.session.identity import describe, differences, root_id
 from hga_jax.session.manifest import NAME, Manifest
@@ -55,6 +56,7 @@ class Session:
         hga: HGAConfig | None = None,
         rope_scaling: str = "auto",
         kv_store: str = "auto",
+        host_memory: float | None = None,
         on_damage: str = "recompute",
         on_notice: Callable[[str], None] | None = None,
     ):
@@ -63,11 +65,12 @@ class Session:
         self.store_path, self.name = split(Path(path))
         self.folder = self.store_path / self.name
         self.on_notice, self.on_damage, self.ctx = on_notice, on_damage, ctx
-        self.kv_store = kv_store
+        self.kv_store, self.host_memory = kv_store, host_memory
         self._trouble: Exception | None = None  # why nothing more is stored
         self._said: set[str] = set()
         self._locks: list[Lock] = []
         self._recorder: Recorder | None = None
+        self._disk: DiskTier | None = None
         self._states: tuple[Any, ...] | None = None
         self._placed: AttentionBackend | None = None  # the backend with the history in its tier
         self._capacity = 0
@@ -137,9 +140,10 @@ class Session:
         self._check_context(min(wanted, ctx))
         start = self._start(ids, ctx)
         self._states = None  # consumed: if the turn fails, the next one reads the disk
-        run = Generation(self.model, self._placed, ids, self._capacity, sampling, seed, stop, start, self._recorder)
+        run = Generation(self.model, self._placed, ids, self._capacity, sampling, seed, stop, start, self._recorder, self._disk)
+        tier = tier_of(self._placed) if self._disk is None else "disk"
         try:
-            result = run.run(max_new_tokens, tier_of(self._placed), self.scaling_note, on_text, on_prefill)
+            result = run.run(max_new_tokens, tier, self.scaling_note, on_text, on_prefill)
         except BaseException:
             self._drop_recorder()
             raise
@@ -216,19 +220,27 @@ class Session:
             return self._states, held
         self._drop_recorder()
         self._states, self._capacity = None, ctx
-        self._placed, plan = place_history(self.model.config, self.backend, ctx, self.model.dtype, self.kv_store)
+        self._disk = None
+        model = self.model
+        self._placed, plan = place_history(model.config, self.backend, ctx, model.dtype, self.kv_store, self.host_memory)
         plan.check()
+        if plan.tier == "disk" and self._trouble is not None:
+            raise ValueError(f"--kv-store {self.kv_store} cannot be written ({self._trouble}): choose another directory, or auto")
         limit, start = len(ids) - 1, None
         while True:
             stored = longest_stored(self.blocks, self.form, self.manifest.root, ids, limit)
             for problem in stored.problems:
                 self._damaged(problem)
             try:
+                if plan.tier == "disk":
+                    cache = page_cache_bytes(self.host_memory)
+                    self._disk = DiskTier(self.blocks, self.form, self._placed, ctx, model.config.heads, cache)
                 if stored.length:
-                    empty = programs.new_states(self.model.params, self._placed, ctx, self.model.dtype)
-                    start = load_states(self.blocks, self.form, stored, empty), stored.length
+                    start = self._load(stored, ctx), stored.length
                 if self._trouble is None:
                     self._recorder = Recorder(self.blocks, self.form, self.manifest.root, self.folder / STAGING, stored)
+                    if self._disk is not None:
+                        self._disk.record(self._recorder)
                 break
             except DamagedBlock as error:
                 self._damaged(str(error))
@@ -236,6 +248,12 @@ class Session:
                 limit = error.header.first
         self._check_own(ids, stored)
         return start
+
+    def _load(self, stored: Stored, ctx: int) -> tuple[Any, ...]:
+        if self._disk is not None:
+            return self._disk.load(stored)
+        empty = programs.new_states(self.model.params, self._placed, ctx, self.model.dtype)
+        return load_states(self.blocks, self.form, stored, empty)
 
     def _drop_recorder(self) -> None:
         if self._recorder is not None:

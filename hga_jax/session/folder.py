@@ -6,10 +6,12 @@ import contextlib
 import fcntl
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from hga_jax.cache.disk import BlockStore, StoreError
+from hga_jax.cache.tiers import on_disk
 from hga_jax.session.manifest import NAME, Manifest
 
 LOCK = "lock"
@@ -27,7 +29,12 @@ def session_path(session: str, kv_store: str) -> Path:
     """The folder of --session NAME: a path as it is, a plain name below --kv-store DIR or the user's own store."""
     if os.sep in session:
         return Path(session)
-    return (default_store() if kv_store in ("auto", "device", "host") else Path(kv_store)) / session
+    return (Path(kv_store) if on_disk(kv_store) else default_store()) / session
+
+
+def passing_name() -> str:
+    """A name for a session that ends with its run."""
+    return f"run-{os.getpid()}-{time.time_ns():x}"
 
 
 def sessions(store: Path) -> list[Path]:

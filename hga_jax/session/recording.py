@@ -12,10 +12,10 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from hga_jax.cache.disk import PAGES, REQUESTS, BlockStore, BlockWriter, block_id
+from hga_jax.cache.disk import PAGES, REQUESTS, BlockStore, BlockWriter, Header, block_id
 from hga_jax.programs import SEGMENT
 from hga_jax.session.reuse import Stored, load_notes
-from hga_jax.session.state_format import StateFormat, pack, take_stretch
+from hga_jax.session.state_format import StateFormat, pack, take_pages, take_summaries
 
 WRITERS = 4  # threads that wait for copies from the device and for TensorStore, which has its own threads for the disk
 CPU_SEGMENT = 256  # tokens: no slower than larger ones, and a prompt that differs late in a document recomputes less
@@ -50,7 +50,7 @@ class _Block:
         self.summaries = [[None] * form.layers for _ in form.summaries]
         self.tasks: list[Future] = []
 
-    def write_layer(self, layer: int, pages: jax.Array, summaries: list[jax.Array]) -> None:
+    def write_layer(self, layer: int, pages: jax.Array | np.ndarray, summaries: list[jax.Array]) -> None:
         form, count = self.form, len(self.tokens)
         data = np.array(np.asarray(pages)[:, : form.pages(count)])  # our own copy: it outlives the device buffer
         beyond = self.end % form.group_size
@@ -60,7 +60,7 @@ class _Block:
             held[layer] = np.asarray(part)[:, : entries * form.chunks(count)]
         self.writer.write(PAGES, data, layer).result()
 
-    def finish(self, notes: dict[int, Any]) -> int:
+    def finish(self, notes: dict[int, Any]) -> Header:
         for task in self.tasks:
             task.result()
         points = sorted(position for position in notes if self.first < position <= self.end)
@@ -73,7 +73,7 @@ class _Block:
             pages = self.form.pages(self.end)
             stacked = [np.stack([pack(np.asarray(held)[i], pages) for held, i in notes[position]]) for position in points]
             self.writer.write(REQUESTS, np.stack(stacked, axis=1))
-        return self.writer.finish(points).bytes
+        return self.writer.finish(points)
 
 
 class Recorder:
@@ -96,8 +96,9 @@ class Recorder:
                 self.notes = dict.fromkeys(points)
                 for position, held in load_notes(store, form, header, points).items():
                     self.notes[position] = [(held, layer) for layer in range(form.layers)]
-        self._sizes = {header.id: header.bytes for header in stored.chain}
-        self.bytes_stored = sum(self._sizes.values())
+        self.headers = {header.id: header for header in stored.chain}
+        self.bytes_stored = sum(header.bytes for header in stored.chain)
+        self.take_pages = take_pages  # how to come by a block's pages; other tiers than device and host have their own way
         self.error: Exception | None = None
         self._budget, self._pool = Budget(in_flight), ThreadPoolExecutor(WRITERS, "hga-store")
         self._tasks: list[Future] = []
@@ -155,12 +156,22 @@ class Recorder:
         if self.error is None and len(tokens) > self.first:
             blocks = [*blocks, (block_id(self.parent, tokens[self.first :]), len(tokens) - self.first)]
             self._attempt(self._store_open_block, tokens, states)
-        wait(self._tasks)
-        self._tasks.clear()
+        self._wait()
         if self.error is not None:
             return None
-        self.bytes_stored = sum(self._sizes[block] for block, _ in blocks)
+        self.bytes_stored = sum(self.headers[block].bytes for block, _ in blocks)
         return list(blocks)
+
+    def flush(self) -> list[Header]:
+        """Wait until all complete blocks are on disk, and return them. Raises OSError when they cannot be written."""
+        self._wait()
+        if self.error is not None:
+            raise OSError(getattr(self.error, "errno", None), f"the history cannot be written below {self.store.directory}: {self.error}")
+        return [self.headers[block] for block, _ in self.blocks]
+
+    def _wait(self) -> None:
+        wait(self._tasks)
+        self._tasks.clear()
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
@@ -176,8 +187,10 @@ class Recorder:
         self._finish(block)
 
     def _write_layer(self, block: _Block, layer: int, state: Any) -> None:
-        pages, summaries = take_stretch(self.form, state, block.first, len(block.tokens))
-        pages.copy_to_host_async()
+        pages = self.take_pages(self.form, layer, state, block.first)
+        summaries = take_summaries(self.form, state, block.first)
+        if isinstance(pages, jax.Array):
+            pages.copy_to_host_async()
         size = pages.nbytes
         self._budget.take(size)
 
@@ -193,7 +206,7 @@ class Recorder:
         notes = {position: note for position, note in self.notes.items() if block.first < position <= block.end}
 
         def task() -> None:
-            self._sizes[block.writer.id] = block.finish(notes)
+            self.headers[block.writer.id] = block.finish(notes)
 
         self._submit(task)
         if len(block.tokens) == self.form.block_tokens:

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Int
 
 from hga_jax.cache.disk import PAGES, REQUESTS, BlockStore, Header, StoreError, block_id, read
-from hga_jax.session.state_format import StateFormat, history_of, rebuild, unpack
+from hga_jax.session.state_format import StateFormat, history_of, unpack, with_memory, with_pages
 
 READ_AHEAD = 512 * 2**20  # bytes of pages being read at a time: enough to keep a disk busy, little beside the history
 
@@ -87,15 +87,33 @@ def load_notes(store: BlockStore, form: StateFormat, header: Header, positions: 
         raise DamagedBlock(header, error) from error
 
 
+class Memory:
+    """What a state needs beside its pages, of all layers: summaries and the requests at the end. Raises DamagedBlock."""
+
+    def __init__(self, store: BlockStore, form: StateFormat, stored: Stored):
+        self.form, self.stored = form, stored
+        self.summaries = [_load_summaries(store, form, header) for header in stored.chain]
+        self.notes = load_notes(store, form, stored.chain[-1], [stored.length]).get(stored.length)
+
+    def put(self, layer: int, state: Any) -> Any:
+        """The layer's state with its summaries and requests filled in."""
+        chunks = history_of(state).capacity // self.form.chunk_size
+        filled = [np.zeros((self.form.kv_heads, chunks * n, *shape), jnp.dtype(dtype)) for n, shape, dtype in self.form.summaries]
+        for header, parts in zip(self.stored.chain, self.summaries, strict=True):
+            for whole, (entries, _, _), piece in zip(filled, self.form.summaries, parts, strict=True):
+                begin = header.first // self.form.chunk_size * entries
+                count = min(piece.shape[2], whole.shape[1] - begin)
+                whole[:, begin : begin + count] = piece[layer, :, :count]
+        return with_memory(self.form, state, self.stored.length, filled, None if self.notes is None else self.notes[layer])
+
+
 def load_states(store: BlockStore, form: StateFormat, stored: Stored, states: tuple[Any, ...]) -> tuple[Any, ...]:
     """States that hold the stored tokens, in place of the empty ones given. Raises DamagedBlock.
 
     Every byte read is checked against its checksum. Layers are read ahead of the one being rebuilt.
     """
-    summaries = [_load_summaries(store, form, header) for header in stored.chain]
-    last = stored.chain[-1]
-    notes = load_notes(store, form, last, [stored.length]).get(stored.length)
-    sources = [_opened(store, header) for header in stored.chain]
+    memory = Memory(store, form, stored)
+    sources = [open_pages(store, header) for header in stored.chain]
     layer_bytes = form.kv_heads * form.pages(stored.length) * form.page_bytes
     ahead = max(1, READ_AHEAD // layer_bytes)
     reads: list[list[Any]] = []
@@ -103,29 +121,25 @@ def load_states(store: BlockStore, form: StateFormat, stored: Stored, states: tu
     for layer, empty in enumerate(states):
         while len(reads) < min(form.layers, layer + 1 + ahead):
             reads.append([source[len(reads)].read() for source in sources])
-        shape = history_of(empty).pages.shape
-        pages = np.zeros(shape, jnp.dtype(form.dtype))
-        filled = [np.zeros(leaf_shape, dtype) for leaf_shape, dtype in _summary_shapes(form, shape[1])]
-        for header, future, parts in zip(stored.chain, reads[layer], summaries, strict=True):
+        history = history_of(empty)
+        pages = np.zeros(history.pages.shape, jnp.dtype(form.dtype))
+        for header, future in zip(stored.chain, reads[layer], strict=True):
             first, part = header.first // form.group_size, _checked(store, header, PAGES, future)
-            count = min(part.shape[1], shape[1] - first)
+            count = min(part.shape[1], pages.shape[1] - first)
             pages[:, first : first + count] = part[:, :count]
-            for whole, (entries, _, _), piece in zip(filled, form.summaries, parts, strict=True):
-                begin = header.first // form.chunk_size * entries
-                count = min(piece.shape[2], whole.shape[1] - begin)
-                whole[:, begin : begin + count] = piece[layer, :, :count]
         reads[layer] = []
-        done.append(rebuild(form, empty, stored.length, pages, filled, None if notes is None else notes[layer]))
+        done.append(memory.put(layer, with_pages(form, empty, stored.length, pages)))
     return tuple(done)
 
 
-def _summary_shapes(form: StateFormat, pages: int) -> list[tuple[tuple[int, ...], Any]]:
-    chunks = pages * form.group_size // form.chunk_size
-    return [((form.kv_heads, chunks * entries, *shape), jnp.dtype(dtype)) for entries, shape, dtype in form.summaries]
-
-
-def _opened(store: BlockStore, header: Header) -> Any:
+def open_pages(store: BlockStore, header: Header) -> Any:
+    """The pages of a block as a TensorStore. Raises DamagedBlock."""
     return _checked(store, header, PAGES, store.open(header, PAGES))
+
+
+def read_pages(store: BlockStore, header: Header, future: Any) -> np.ndarray:
+    """Pages of a block that were asked for. Raises DamagedBlock."""
+    return _checked(store, header, PAGES, future)
 
 
 def _load_summaries(store: BlockStore, form: StateFormat, header: Header) -> list[np.ndarray]:

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float, Int, UInt8
 
 from hga_jax.attention import HGAAttention
@@ -107,38 +108,36 @@ def history_of(state: Any) -> Any:
     return state.history if isinstance(state, LayerState) else state
 
 
-@partial(jax.jit, static_argnames=("pages", "chunks", "per_chunk"))
-def stretch(
-    state: Any, first_page: Int[Array, ""], first_chunk: Int[Array, ""], *, pages: int, chunks: int, per_chunk: tuple[int, ...]
-) -> tuple[Float[Array, "K n 2 g H"], list[Array]]:
-    """Copies of neighbouring pages, and of the summaries of neighbouring chunks."""
-    history = history_of(state)
+@partial(jax.jit, static_argnames="pages")
+def _pages(history: Any, first: Int[Array, ""], *, pages: int) -> Float[Array, "K n 2 g H"]:
     if isinstance(history, HostHistory) and jax.default_backend() != "cpu":  # only kernels read host memory in place
         empty = jnp.zeros((history.kv_heads, pages, *history.pages.shape[2:]), history.pages.dtype)
-        held = copy_pages(
-            empty, history.typed().pages, target_page=jnp.int32(0), source_page=first_page, count=jnp.int32(pages), most=pages,
+        return copy_pages(
+            empty, history.typed().pages, target_page=jnp.int32(0), source_page=first, count=jnp.int32(pages), most=pages,
             implementation="pallas",
         )  # fmt: skip
-    else:
-        held = jax.lax.dynamic_slice_in_dim(history.pages, first_page, pages, axis=1)
-    if not per_chunk:
-        return held, []
-    leaves = jax.tree.leaves(state.summaries)
-    summaries = [
-        jax.lax.dynamic_slice_in_dim(leaf, first_chunk * entries, chunks * entries, axis=1)
-        for leaf, entries in zip(leaves, per_chunk, strict=True)
-    ]
-    return held, summaries
+    return lax.dynamic_slice_in_dim(history.pages, first, pages, axis=1)
 
 
-def take_stretch(form: StateFormat, state: Any, first: int, tokens: int) -> tuple[Float[Array, "K n 2 g H"], list[Array]]:
-    """Copies of the pages and summaries of `tokens` tokens from `first`, the start of a block, on; more may follow them."""
+@partial(jax.jit, static_argnames=("chunks", "per_chunk"))
+def _summaries(summaries: Any, first: Int[Array, ""], *, chunks: int, per_chunk: tuple[int, ...]) -> list[Array]:
+    leaves = zip(jax.tree.leaves(summaries), per_chunk, strict=True)
+    return [lax.dynamic_slice_in_dim(leaf, first * entries, chunks * entries, axis=1) for leaf, entries in leaves]
+
+
+def take_pages(form: StateFormat, layer: int, state: Any, first: int) -> Any:
+    """A copy of the pages of a block from token `first` on, or what the history has room for: one program serves all lengths."""
     history = history_of(state)
-    room = min(form.block_tokens, history.capacity - first)  # whole blocks whatever `tokens` is: one program for all
-    return stretch(
-        state, jnp.int32(first // form.group_size), jnp.int32(first // form.chunk_size), pages=form.pages(room),
-        chunks=form.chunks(room), per_chunk=tuple(entries for entries, _, _ in form.summaries),
-    )  # fmt: skip
+    return _pages(history, jnp.int32(first // form.group_size), pages=form.pages(min(form.block_tokens, history.capacity - first)))
+
+
+def take_summaries(form: StateFormat, state: Any, first: int) -> list[Array]:
+    """Copies of a block's summaries, likewise."""
+    if not form.summaries:
+        return []
+    chunks = form.chunks(min(form.block_tokens, history_of(state).capacity - first))
+    per_chunk = tuple(entries for entries, _, _ in form.summaries)
+    return _summaries(state.summaries, jnp.int32(first // form.chunk_size), chunks=chunks, per_chunk=per_chunk)
 
 
 def pack(notes: UInt8[np.ndarray, "*n P"], pages: int) -> UInt8[np.ndarray, "*n B"]:
@@ -155,29 +154,30 @@ def unpack(packed: UInt8[np.ndarray, "*n B"]) -> UInt8[np.ndarray, "*n P"]:
     return np.stack([packed >> shift & 3 for shift in (0, 2, 4, 6)], axis=-1).reshape(*packed.shape[:-1], -1)
 
 
-def rebuild(
-    form: StateFormat, empty: Any, length: int, pages: np.ndarray, summaries: list[np.ndarray], notes: UInt8[np.ndarray, "K P"] | None
-) -> Any:
-    """The state of a layer whose first `length` tokens these are. `empty` comes from the backend and gives shapes; it is replaced."""
-    history = _refilled(history_of(empty), length, pages, form)
-    if not isinstance(empty, LayerState):
-        return history
-    leaves, tree = jax.tree.flatten(empty.summaries)
+def with_pages(form: StateFormat, state: Any, length: int, pages: Float[np.ndarray, "K P 2 g H"]) -> Any:
+    """The state with these pages, of which `length` tokens count, for its history."""
+    history = history_of(state)
+    if isinstance(history, DeviceHistory):
+        history = replace(history, pages=jnp.array(pages), length=jnp.int32(length))
+    else:
+        places = np.asarray(window_places(jnp.int32(length), form.hga).pages)
+        window = jnp.array(pages[:, np.clip(places, 0, pages.shape[1] - 1)])
+        on_host = jnp.array(pages) if jax.default_backend() == "cpu" else jax.device_put(pages, history.pages.sharding)
+        history = replace(history, pages=on_host, window=window, length=jnp.int32(length))
+    return replace(state, history=history) if isinstance(state, LayerState) else history
+
+
+def with_memory(form: StateFormat, state: Any, length: int, summaries: list[np.ndarray], notes: UInt8[np.ndarray, "K P"] | None) -> Any:
+    """The state with these summaries, and the requests that matter to queries from token `length` on."""
+    if not isinstance(state, LayerState):
+        return state
+    leaves, tree = jax.tree.flatten(state.summaries)
     filled = jax.tree.unflatten(tree, [jnp.array(data, leaf.dtype) for data, leaf in zip(summaries, leaves, strict=True)])
-    stamps = empty.stamps
+    stamps = state.stamps
     if form.note is not None and notes is not None:
         known = np.full(stamps.shape, -2, np.int32)
         count = min(notes.shape[1], stamps.shape[1])
         lately = notes[:, :count].astype(np.int32)
         known[:, :count] = np.where(lately > 0, length // form.chunk_size - 2 + lately, -2)
         stamps = jnp.array(known)
-    return replace(empty, history=history, summaries=filled, stamps=stamps)
-
-
-def _refilled(history: DeviceHistory | HostHistory, length: int, pages: np.ndarray, form: StateFormat) -> DeviceHistory | HostHistory:
-    if isinstance(history, DeviceHistory):
-        return replace(history, pages=jnp.array(pages), length=jnp.int32(length))
-    places = window_places(jnp.int32(length), form.hga).pages
-    window = jnp.array(pages[:, np.clip(np.asarray(places), 0, pages.shape[1] - 1)])
-    on_host = jnp.array(pages) if jax.default_backend() == "cpu" else jax.device_put(pages, history.pages.sharding)
-    return replace(history, pages=on_host, window=window, length=jnp.int32(length))
+    return replace(state, summaries=filled, stamps=stamps)
