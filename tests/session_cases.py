@@ -29,7 +29,16 @@ def prompt(seed: int, tokens: int) -> np.ndarray:
 
 
 def turn(session: Session, seed: int, tokens: int = 20, new: int = 10) -> list[int]:
+    """One turn. At most 128 tokens: prefill of a block of tokens is then the only size that is compiled."""
     return session.generate(prompt(seed, tokens), max_new_tokens=new).tokens
+
+
+def turns(session: Session, seed: int, tokens: int, new: int = 10) -> list[int]:
+    """As many turns as `tokens` tokens of prompt need."""
+    made = []
+    for number in range(-(-tokens // 128)):
+        made += turn(session, 1000 * (number + 1) + seed, min(128, tokens - 128 * number), new)
+    return made
 
 
 if __name__ == "__main__":

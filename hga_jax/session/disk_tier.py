@@ -36,7 +36,7 @@ from hga_jax.session.state_format import StateFormat, take_pages
 from hga_jax.sketches import built_in_rotation
 from pallas_kernels import dispatch, routed_decode_attention
 
-SMALLEST_LIST = 16  # pages a kv head that one attention program takes at least; longer lists come in powers of two
+SMALLEST_LIST = 64  # pages a kv head that one attention program takes at least; longer lists come in powers of two
 
 
 class Opened(NamedTuple):

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import tensorstore as ts
 from jaxtyping import Int
 
 from hga_jax.cache.disk import PAGES, REQUESTS, BlockStore, Header, StoreError, block_id, read
@@ -116,20 +117,32 @@ def load_states(store: BlockStore, form: StateFormat, stored: Stored, states: tu
     sources = [open_pages(store, header) for header in stored.chain]
     layer_bytes = form.kv_heads * form.pages(stored.length) * form.page_bytes
     ahead = max(1, READ_AHEAD // layer_bytes)
-    reads: list[list[Any]] = []
+    reads: list[tuple[np.ndarray, list[Any]]] = []
     done = []
     for layer, empty in enumerate(states):
         while len(reads) < min(form.layers, layer + 1 + ahead):
-            reads.append([source[len(reads)].read() for source in sources])
-        history = history_of(empty)
-        pages = np.zeros(history.pages.shape, jnp.dtype(form.dtype))
-        for header, future in zip(stored.chain, reads[layer], strict=True):
-            first, part = header.first // form.group_size, _checked(store, header, PAGES, future)
-            count = min(part.shape[1], pages.shape[1] - first)
-            pages[:, first : first + count] = part[:, :count]
-        reads[layer] = []
+            reads.append(_start_reading(form, stored, sources, len(reads), history_of(empty).pages.shape))
+        pages, futures = reads[layer]
+        for header, future in zip(stored.chain, futures, strict=True):
+            _checked(store, header, PAGES, future)
+        reads[layer] = (np.zeros(0), [])
         done.append(memory.put(layer, with_pages(form, empty, stored.length, pages)))
     return tuple(done)
+
+
+def _start_reading(
+    form: StateFormat, stored: Stored, sources: list[Any], layer: int, shape: tuple[int, ...]
+) -> tuple[np.ndarray, list[Any]]:
+    """Room for a layer's pages, and the futures of its parts being read straight into their places."""
+    pages = np.empty(shape, jnp.dtype(form.dtype))
+    target, futures, reached = ts.array(pages), [], 0
+    for header, source in zip(stored.chain, sources, strict=True):
+        first = header.first // form.group_size
+        count = min(source.shape[2], shape[1] - first)
+        futures.append(target[:, first : first + count].write(source[layer, :, :count]))
+        reached = first + count
+    pages[:, reached:] = 0
+    return pages, futures
 
 
 def open_pages(store: BlockStore, header: Header) -> Any:
