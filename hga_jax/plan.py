@@ -120,10 +120,18 @@ def make_plan(config: ModelConfig, backend: AttentionBackend, ctx: int, dtype: A
 
 
 def place_history(
-    config: ModelConfig, backend: AttentionBackend, ctx: int, dtype: Any, kv_store: str, device: jax.Device | None = None
+    config: ModelConfig,
+    backend: AttentionBackend,
+    ctx: int,
+    dtype: Any,
+    kv_store: str,
+    host_memory: float | None = None,
+    device: jax.Device | None = None,
 ) -> tuple[AttentionBackend, Plan]:
     """The backend with its history in the tier that `kv_store` asks for, and the plan of the run.
 
+    host_memory: GiB for the page cache of a history on disk (default: a quarter of what is free). For such a history the backend is the
+    one that prefill runs on the device, a layer at a time.
     Raises ValueError when the backend has no such tier; whether the plan fits is for the caller to check.
     """
     plan = make_plan(config, backend, ctx, dtype, device)
@@ -134,9 +142,26 @@ def place_history(
     if tier == tier_of(backend):
         return backend, plan
     if not movable:
-        raise ValueError(f"--kv-store {tier} needs attention hga: dense attention reads its whole history for every token")
+        raise ValueError(f"--kv-store {kv_store} needs attention hga: dense attention reads its whole history for every token")
+    if tier == "disk":
+        return replace(backend, tier="device", bank_pages=0), _plan_on_disk(config, backend, ctx, dtype, host_memory, device)
     backend = replace(backend, tier=tier)
     return backend, make_plan(config, backend, ctx, dtype, device)
+
+
+def _plan_on_disk(
+    config: ModelConfig, backend: HGAAttention, ctx: int, dtype: Any, host_memory: float | None, device: jax.Device | None
+) -> Plan:
+    """Of a history on disk, memory holds one layer at a time in prefill, and a page cache on the host."""
+    plan = make_plan(config, replace(backend, tier="host", bank_pages=0), ctx, dtype, device)
+    cache = min(page_cache_bytes(host_memory), plan.history)
+    on_cpu = plan.memory == MAIN_MEMORY
+    return replace(plan, tier="disk", history=cache, host=0 if on_cpu else cache, host_limit=None if on_cpu else _main_memory()[1])
+
+
+def page_cache_bytes(host_memory: float | None) -> int:
+    """Bytes of host memory for the pages of a history on disk, from GiB asked for."""
+    return round(host_memory * GIB) if host_memory is not None else (_main_memory()[1] or 16 * GIB) // 4
 
 
 def tier_of(backend: AttentionBackend) -> str:
