@@ -16,8 +16,10 @@ from jaxtyping import Array, Float, Int
 from hga_jax.backend import AttentionBackend, Stats
 from hga_jax.config import ModelConfig
 from hga_jax.moe import expert_mlp
-from hga_jax.quantized import AbstractWeight, BlockScaled, matmul
+from hga_jax.quantized import AbstractWeight, BlockScaled, matmul, matmuls
 from hga_jax.rope import rotate
+from pallas_kernels.host_rows import host_rows
+from pallas_kernels.moe_routing import moe_routing
 
 
 class Parameters:
@@ -68,8 +70,10 @@ class Linear(nnx.Module):
         self.bias = make.bias(outputs, bias)
 
     def __call__(self, x: Float[Array, "*T in"]) -> Float[Array, "*T out"]:
-        out = matmul(x, self.weight.get_value())
-        return out if self.bias is None else out + self.bias.get_value()
+        return self.with_bias(matmul(x, self.weight.get_value()))
+
+    def with_bias(self, product: Float[Array, "*T out"]) -> Float[Array, "*T out"]:
+        return product if self.bias is None else product + self.bias.get_value()
 
 
 class Attention(nnx.Module):
@@ -91,9 +95,12 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "T N H"], Float[Array, "T K H"], Float[Array, "T K H"]]:
         """Queries and keys rotated to their positions, and values."""
         config = self.config
-        q = self.q(x).reshape(-1, config.heads, config.head_dim)
-        k = self.k(x).reshape(-1, config.kv_heads, config.head_dim)
-        v = self.v(x).reshape(-1, config.kv_heads, config.head_dim)
+        projections = (self.q, self.k, self.v)
+        products = matmuls(x, [linear.weight.get_value() for linear in projections])
+        q, k, v = (
+            linear.with_bias(product).reshape(x.shape[0], -1, config.head_dim)
+            for linear, product in zip(projections, products, strict=True)
+        )
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         return rotate(q, positions, config.rope), rotate(k, positions, config.rope), v
@@ -138,10 +145,8 @@ class MoE(nnx.Module):
 
     def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
         config = self.config
-        scores = jnp.einsum("td,ed->te", x, self.router.get_value(), preferred_element_type=jnp.float32)
-        weights, ids = jax.lax.top_k(jax.nn.softmax(scores, axis=-1), config.experts_per_token)
-        if config.norm_topk_prob:
-            weights = weights / weights.sum(-1, keepdims=True)
+        scores = matmul(x, self.router.get_value(), out_dtype=jnp.float32)
+        ids, weights = moe_routing(scores, config.experts_per_token, renormalise=config.norm_topk_prob)
         return expert_mlp(x, ids, weights.astype(x.dtype), self.gate.get_value(), self.up.get_value(), self.down.get_value())
 
 
@@ -187,12 +192,14 @@ class Decoder(nnx.Module):
         return nnx.eval_shape(lambda: Decoder(config, dtype))
 
     def embed(self, tokens: Int[Array, " T"]) -> Float[Array, "T D"]:
-        return self.embedding.get_value()[tokens]
+        """Rows of the table, which the plan may have put into pinned host memory."""
+        table = self.embedding.get_value()
+        return host_rows(table, tokens) if jax.typeof(table).memory_space == jax.memory.Space.Host else table[tokens]
 
     def head(self, x: Float[Array, "*T D"]) -> Float[Array, "*T V"]:
         """Final norm and output head: float32 logits."""
         weight = self.embedding if self.lm_head is None else self.lm_head
-        return jnp.einsum("...d,vd->...v", self.final_norm(x), weight.get_value(), preferred_element_type=jnp.float32)
+        return matmul(self.final_norm(x), weight.get_value(), out_dtype=jnp.float32)
 
 
 def weight_leaves(decoder: Decoder) -> dict[str, AbstractWeight]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from hga_jax.pytree import register
@@ -53,16 +56,29 @@ def dequantize(weight: Weight, dtype) -> Array:
     return (weight.values.astype(jnp.float32) * scales.astype(jnp.float32)).astype(dtype)
 
 
-def matmul(x: Float[Array, "*B in"], weight: Weight, *, implementation: Implementation | None = None) -> Float[Array, "*B out"]:
-    """x @ weight.T with weight [out, in], float32 accumulation, result in x's dtype.
+def matmul(
+    x: Float[Array, "*B in"], weight: Weight, *, out_dtype: Any = None, implementation: Implementation | None = None
+) -> Float[Array, "*B out"]:
+    """x @ weight.T with weight [out, in], float32 accumulation, result in x's dtype or `out_dtype`.
 
-    implementation None: the FP8 matvec kernel for a few rows (decode) on a CUDA GPU, plain XLA otherwise.
+    implementation None: the matvec kernel for one row (FP8: a few rows) on a CUDA GPU, plain XLA otherwise.
     """
+    return matmuls(x, (weight,), out_dtype=out_dtype, implementation=implementation)[0]
+
+
+def matmuls(
+    x: Float[Array, "*B in"], weights: Sequence[Weight], *, out_dtype: Any = None, implementation: Implementation | None = None
+) -> list[Float[Array, "*B _out"]]:
+    """The products of `matmul` with several weights; where the matvec kernel runs, in one launch."""
+    out_dtype = out_dtype or x.dtype
     rows = x.reshape(-1, x.shape[-1])
-    if isinstance(weight, BlockScaled) and (implementation == "pallas" or rows.shape[0] <= fp8_matvec.MAX_ROWS):
-        reason = unusual_block(weight) or fp8_matvec.unsupported(rows, weight.values, weight.scales)
+    pairs = [(weight.values, weight.scales) if isinstance(weight, BlockScaled) else (weight, None) for weight in weights]
+    few = fp8_matvec.MAX_ROWS if all(isinstance(weight, BlockScaled) for weight in weights) else 1
+    if implementation == "pallas" or rows.shape[0] <= few:
+        reason = unusual_block(*weights) or fp8_matvec.unsupported(rows, pairs)
         if choose("matmul", implementation, reason) == "pallas":
-            return fp8_matvec.matvec(rows, weight.values, weight.scales).reshape(*x.shape[:-1], -1)
-    elif implementation == "pallas":
-        raise NotImplementedError("matmul: the kernel is for FP8 weights; use implementation='xla'")
-    return jnp.einsum("...i,oi->...o", x, dequantize(weight, x.dtype), preferred_element_type=jnp.float32).astype(x.dtype)
+            joined = fp8_matvec.matvecs(rows, pairs, out_dtype=out_dtype)
+            ends = np.cumsum([values.shape[0] for values, _ in pairs])
+            return [part.reshape(*x.shape[:-1], -1) for part in jnp.split(joined, ends[:-1], axis=1)]
+    wide = [jnp.einsum("...i,oi->...o", x, dequantize(weight, x.dtype), preferred_element_type=jnp.float32) for weight in weights]
+    return [product.astype(out_dtype) for product in wide]

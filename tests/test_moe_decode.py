@@ -40,10 +40,21 @@ def test_matvec(tokens, outputs, inputs, fp8, interpret):
     configs = [fp8_matvec.Config(rows=8, columns=256)]
     if fp8:
         bits = fp8_matvec.Config(rows=16, columns=512, in_flight=1, conversion="bits")
-        configs += [bits, fp8_matvec.Config(rows=4, columns=128, splits=2)]
+        configs += [bits, fp8_matvec.Config(rows=4, columns=128)]
     for config in configs:
         out = fp8_matvec.matvec(x, values, scales, out_dtype=jnp.float32, config=config, interpret=interpret)
         assert relative(out, expected) < 1e-6  # products are exact in float32: what is left is the order of float32 additions
+
+
+@pytest.mark.parametrize("interpret", MODES)
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_several_matvecs_in_one_launch(tokens, interpret):
+    rng = np.random.default_rng(5)
+    x = jnp.asarray(rng.standard_normal((tokens, 176)), jnp.float32)
+    weights = [block_scaled(rng, outputs, 176) for outputs in (136, 37, 8)]
+    expected = np.concatenate([matvec_reference.matvec(x, *weight) for weight in weights], axis=1)
+    out = fp8_matvec.matvecs(x, weights, config=fp8_matvec.Config(rows=8, columns=128), interpret=interpret)
+    assert relative(out, expected) < 1e-6
 
 
 @pytest.mark.parametrize("interpret", MODES)
