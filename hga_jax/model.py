@@ -28,28 +28,53 @@ class Parameters:
     def __init__(self, config: ModelConfig, dtype: Any, seed: int):
         self.config, self.dtype, self.key = config, dtype, jax.random.key(seed)
 
+    def weight(self, name: str, *shape: int) -> nnx.Param:
+        """A projection; `name` is the checkpoint's module name, by which FP8 checkpoints list what they left unquantised."""
+        if not self.config.is_fp8(name):
+            return self.plain(*shape)
+        block = self.config.fp8_block
+        blocks = (*shape[:-2], -(-shape[-2] // block[0]), -(-shape[-1] // block[1]))
+        return nnx.Param(BlockScaled(self._fp8(shape), self._full(blocks, 4 / shape[-1] ** 0.5 / 448, jnp.float32), block))
+
+    def plain(self, *shape: int) -> nnx.Param:
+        """Embeddings, output head, router: never quantised."""
+        return nnx.Param(self._normal(shape))
+
+    def ones(self, size: int) -> nnx.Param:
+        return nnx.Param(self._full((size,), 1, self.dtype))
+
+    def bias(self, size: int, present: bool) -> nnx.Param | None:
+        return nnx.Param(self._full((size,), 0, self.dtype)) if present else None
+
     def _next_key(self) -> Array:
         self.key, key = jax.random.split(self.key)
         return key
 
-    def weight(self, name: str, *shape: int) -> nnx.Param:
-        """A projection; `name` is the checkpoint's module name, by which FP8 checkpoints list what they left unquantised."""
-        values = jax.random.normal(self._next_key(), shape, jnp.float32) / shape[-1] ** 0.5
-        if not self.config.is_fp8(name):
-            return nnx.Param(values.astype(self.dtype))
-        block = self.config.fp8_block
-        scales = jnp.full((*shape[:-2], -(-shape[-2] // block[0]), -(-shape[-1] // block[1])), 4 / shape[-1] ** 0.5 / 448, jnp.float32)
-        return nnx.Param(BlockScaled((values * (448 / 4 * shape[-1] ** 0.5)).astype(jnp.float8_e4m3fn), scales, block))
+    def _normal(self, shape: tuple[int, ...]) -> Any:
+        return (jax.random.normal(self._next_key(), shape, jnp.float32) / shape[-1] ** 0.5).astype(self.dtype)
 
-    def plain(self, *shape: int) -> nnx.Param:
-        """Embeddings, output head, router: never quantised."""
-        return nnx.Param((jax.random.normal(self._next_key(), shape, jnp.float32) / shape[-1] ** 0.5).astype(self.dtype))
+    def _fp8(self, shape: tuple[int, ...]) -> Any:
+        """Codes of rms 112: those of a block reach 448, the largest there is."""
+        return (jax.random.normal(self._next_key(), shape, jnp.float32) * (448 / 4)).astype(jnp.float8_e4m3fn)
 
-    def ones(self, size: int) -> nnx.Param:
-        return nnx.Param(jnp.ones((size,), self.dtype))
+    def _full(self, shape: tuple[int, ...], value: float, dtype: Any) -> Any:
+        return jnp.full(shape, value, dtype)
 
-    def bias(self, size: int, present: bool) -> nnx.Param | None:
-        return nnx.Param(jnp.zeros((size,), self.dtype)) if present else None
+
+class Shapes(Parameters):
+    """Makes shapes in place of arrays. Tracing the random ones for their shapes takes seconds at 48 layers."""
+
+    def __init__(self, config: ModelConfig, dtype: Any):
+        self.config, self.dtype = config, jnp.dtype(dtype)
+
+    def _normal(self, shape: tuple[int, ...]) -> Any:
+        return jax.ShapeDtypeStruct(shape, self.dtype)
+
+    def _fp8(self, shape: tuple[int, ...]) -> Any:
+        return jax.ShapeDtypeStruct(shape, jnp.float8_e4m3fn)
+
+    def _full(self, shape: tuple[int, ...], value: float, dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -178,8 +203,8 @@ class DecoderLayer(nnx.Module):
 class Decoder(nnx.Module):
     """The whole network. `Decoder(config)` has random weights; `load_model` fills a checkpoint's in."""
 
-    def __init__(self, config: ModelConfig, dtype: Any = jnp.float32, seed: int = 0):
-        make = Parameters(config, dtype, seed)
+    def __init__(self, config: ModelConfig, dtype: Any = jnp.float32, seed: int = 0, *, make: Parameters | None = None):
+        make = make or Parameters(config, dtype, seed)
         self.config = config
         self.embedding = make.plain(config.vocab_size, config.hidden_size)
         self.layers = nnx.List([DecoderLayer(make, i) for i in range(config.layers)])
@@ -189,7 +214,7 @@ class Decoder(nnx.Module):
     @staticmethod
     def abstract(config: ModelConfig, dtype: Any = jnp.float32) -> Decoder:
         """The same tree with jax.ShapeDtypeStruct leaves: what a checkpoint must provide, and what the planner counts."""
-        return nnx.eval_shape(lambda: Decoder(config, dtype))
+        return Decoder(config, make=Shapes(config, dtype))
 
     def embed(self, tokens: Int[Array, " T"]) -> Float[Array, "T D"]:
         """Rows of the table, which the plan may have put into pinned host memory."""
