@@ -34,7 +34,7 @@ class Parameters:
             return self.plain(*shape)
         block = self.config.fp8_block
         blocks = (*shape[:-2], -(-shape[-2] // block[0]), -(-shape[-1] // block[1]))
-        return nnx.Param(BlockScaled(self._fp8(shape), self._full(blocks, 4 / shape[-1] ** 0.5 / 448, jnp.float32), block))
+        return nnx.Param(self._block_scaled(shape, blocks))
 
     def plain(self, *shape: int) -> nnx.Param:
         """Embeddings, output head, router: never quantised."""
@@ -53,9 +53,11 @@ class Parameters:
     def _normal(self, shape: tuple[int, ...]) -> Any:
         return (jax.random.normal(self._next_key(), shape, jnp.float32) / shape[-1] ** 0.5).astype(self.dtype)
 
-    def _fp8(self, shape: tuple[int, ...]) -> Any:
+    def _block_scaled(self, shape: tuple[int, ...], blocks: tuple[int, ...]) -> BlockScaled:
         """Codes of rms 112: those of a block reach 448, the largest there is."""
-        return (jax.random.normal(self._next_key(), shape, jnp.float32) * (448 / 4)).astype(jnp.float8_e4m3fn)
+        codes = jax.random.normal(self._next_key(), shape, jnp.float32) * (448 / 4)
+        scales = jnp.full(blocks, 4 / shape[-1] ** 0.5 / 448, jnp.float32)
+        return BlockScaled(codes.astype(jnp.float8_e4m3fn), scales, self.config.fp8_block)
 
     def _full(self, shape: tuple[int, ...], value: float, dtype: Any) -> Any:
         return jnp.full(shape, value, dtype)
@@ -70,8 +72,9 @@ class Shapes(Parameters):
     def _normal(self, shape: tuple[int, ...]) -> Any:
         return jax.ShapeDtypeStruct(shape, self.dtype)
 
-    def _fp8(self, shape: tuple[int, ...]) -> Any:
-        return jax.ShapeDtypeStruct(shape, jnp.float8_e4m3fn)
+    def _block_scaled(self, shape: tuple[int, ...], blocks: tuple[int, ...]) -> BlockScaled:
+        block = self.config.fp8_block
+        return jax.eval_shape(lambda: BlockScaled(jnp.zeros(shape, jnp.float8_e4m3fn), jnp.zeros(blocks, jnp.float32), block))
 
     def _full(self, shape: tuple[int, ...], value: float, dtype: Any) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype)
