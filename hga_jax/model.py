@@ -41,10 +41,10 @@ class Parameters:
         return nnx.Param(self._normal(shape))
 
     def ones(self, size: int) -> nnx.Param:
-        return nnx.Param(self._full((size,), 1, self.dtype))
+        return nnx.Param(self._full((size,), 1.0, self.dtype))
 
     def bias(self, size: int, present: bool) -> nnx.Param | None:
-        return nnx.Param(self._full((size,), 0, self.dtype)) if present else None
+        return nnx.Param(self._full((size,), 0.0, self.dtype)) if present else None
 
     def _next_key(self) -> Array:
         self.key, key = jax.random.split(self.key)
