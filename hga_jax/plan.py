@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from hga_jax.backend import AttentionBackend
 from hga_jax.config import ModelConfig
 from hga_jax.model import Decoder, weight_leaves
+from hga_jax.placement import on_host
 from hga_jax.programs import SEGMENT, SUPER_BLOCK, padded_size
 
 GIB = 2**30
@@ -20,10 +21,11 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes by purpose, the memory they share and its limit (None: unknown)."""
+    """Bytes by purpose, the memory they share and its limit (None: unknown). host_weights lie in pinned host memory, outside the total."""
 
     ctx: int
     weights: int
+    host_weights: int
     history: int
     summaries: int
     windows: int
@@ -50,6 +52,8 @@ class Plan:
         lines = [f"{'':14}{'GiB':>9}"]
         lines += [f"{name:14}{getattr(self, name) / GIB:9.3f}  {note}".rstrip() for name, note in notes.items()]
         lines.append(f"{'total':14}{self.total / GIB:9.3f}  in {self.memory}")
+        if self.host_weights:
+            lines.append(f"{'embedding':14}{self.host_weights / GIB:9.3f}  in pinned host memory: a token reads one row")
         if self.limit is not None:
             lines.append(f"{'available':14}{self.limit / GIB:9.3f}")
         return "\n".join(lines)
@@ -76,7 +80,9 @@ class Plan:
 def make_plan(config: ModelConfig, backend: AttentionBackend, ctx: int, dtype: Any, device: jax.Device | None = None) -> Plan:
     """Count the bytes of a run of `ctx` tokens. Nothing is read or allocated."""
     device = device or jax.devices()[0]
-    weights = sum(_bytes(leaf) for leaf in weight_leaves(Decoder.abstract(config, dtype)).values())
+    sizes = {path: _bytes(leaf) for path, leaf in weight_leaves(Decoder.abstract(config, dtype)).items()}
+    host_weights = sum(size for path, size in sizes.items() if on_host(path, config, device))
+    weights = sum(sizes.values()) - host_weights
     state = jax.eval_shape(lambda: backend.init_state(ctx, config.kv_heads, config.head_dim, dtype))
     history = summaries = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
@@ -88,7 +94,7 @@ def make_plan(config: ModelConfig, backend: AttentionBackend, ctx: int, dtype: A
     inner = max(config.mlp_size, config.expert_size * config.experts_per_token, config.heads * config.head_dim)
     activations = 2 * size * config.hidden_size * width + SEGMENT * inner * 4 * 4 + 2 * config.vocab_size * 4
     memory, limit = _memory(device)
-    return Plan(ctx, weights, history, summaries, 0, 0, activations, "device", memory, limit)
+    return Plan(ctx, weights, host_weights, history, summaries, 0, 0, activations, "device", memory, limit)
 
 
 def _bytes(tree: Any) -> int:
