@@ -16,10 +16,12 @@ from jaxtyping import Array, Float, Int
 from hga_jax.backend import AttentionBackend, Stats
 from hga_jax.config import ModelConfig
 from hga_jax.moe import expert_mlp
-from hga_jax.quantized import AbstractWeight, BlockScaled, matmul, matmuls
-from hga_jax.rope import rotate
+from hga_jax.quantized import MAX_ROWS, AbstractWeight, BlockScaled, joined_matmul, matmul
+from hga_jax.rope import angles, rotate
 from pallas_kernels.host_rows import host_rows
 from pallas_kernels.moe_routing import moe_routing
+from pallas_kernels.normalise import Norm, rms_norm
+from pallas_kernels.rotate_heads import rotate_heads
 
 
 class Parameters:
@@ -85,11 +87,13 @@ class RMSNorm(nnx.Module):
         self.weight = make.ones(size)
         self.eps = make.config.rms_eps
 
+    @property
+    def norm(self) -> Norm:
+        """For a product that normalises its input itself."""
+        return Norm(self.weight.get_value(), self.eps)
+
     def __call__(self, x: Float[Array, "*T D"]) -> Float[Array, "*T D"]:
-        """Normalised in float32 and scaled in x's dtype, as the checkpoints were trained."""
-        wide = x.astype(jnp.float32)
-        normal = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return self.weight.get_value() * normal.astype(x.dtype)
+        return rms_norm(x, self.norm)
 
 
 class Linear(nnx.Module):
@@ -97,11 +101,10 @@ class Linear(nnx.Module):
         self.weight = make.weight(name, outputs, inputs)
         self.bias = make.bias(outputs, bias)
 
-    def __call__(self, x: Float[Array, "*T in"]) -> Float[Array, "*T out"]:
-        return self.with_bias(matmul(x, self.weight.get_value()))
-
-    def with_bias(self, product: Float[Array, "*T out"]) -> Float[Array, "*T out"]:
-        return product if self.bias is None else product + self.bias.get_value()
+    def __call__(self, x: Float[Array, "*T in"], residual: Float[Array, "*T out"] | None = None) -> Float[Array, "*T out"]:
+        """The product, plus `residual` if given."""
+        out = matmul(x, self.weight.get_value(), residual=residual)
+        return out if self.bias is None else out + self.bias.get_value()
 
 
 class Attention(nnx.Module):
@@ -119,33 +122,41 @@ class Attention(nnx.Module):
         self.config = config
 
     def project(
-        self, x: Float[Array, "T D"], positions: Int[Array, " T"]
+        self, x: Float[Array, "T D"], norm: RMSNorm, positions: Int[Array, " T"]
     ) -> tuple[Float[Array, "T N H"], Float[Array, "T K H"], Float[Array, "T K H"]]:
-        """Queries and keys rotated to their positions, and values."""
+        """Queries and keys of the normalised x rotated to their positions, and values."""
         config = self.config
-        projections = (self.q, self.k, self.v)
-        products = matmuls(x, [linear.weight.get_value() for linear in projections])
-        q, k, v = (
-            linear.with_bias(product).reshape(x.shape[0], -1, config.head_dim)
-            for linear, product in zip(projections, products, strict=True)
-        )
+        if x.shape[0] <= MAX_ROWS:  # decode: few launches
+            linears = (self.q, self.k, self.v)
+            joined = joined_matmul(x, [linear.weight.get_value() for linear in linears], norm=norm.norm)
+            if self.q.bias is not None:
+                joined = joined + jnp.concatenate([linear.bias.get_value() for linear in linears])
+            q_norm, k_norm = (None if head is None else head.norm for head in (self.q_norm, self.k_norm))
+            cos, sin = angles(positions, config.rope, config.head_dim)
+            return rotate_heads(joined, cos, sin, heads=config.heads, kv_heads=config.kv_heads, q_norm=q_norm, k_norm=k_norm)
+        x = norm(x)
+        q = self.q(x).reshape(-1, config.heads, config.head_dim)
+        k = self.k(x).reshape(-1, config.kv_heads, config.head_dim)
+        v = self.v(x).reshape(-1, config.kv_heads, config.head_dim)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         return rotate(q, positions, config.rope), rotate(k, positions, config.rope), v
 
     def prefill(
-        self, x: Float[Array, "T D"], first: Int[Array, ""], count: Int[Array, ""], state: Any, backend: AttentionBackend
+        self, x: Float[Array, "T D"], norm: RMSNorm, first: Int[Array, ""], count: Int[Array, ""], state: Any, backend: AttentionBackend
     ) -> tuple[Float[Array, "T D"], Any, Stats]:
-        q, k, v = self.project(x, first + jnp.arange(x.shape[0]))
+        """x plus attention of the normalised x."""
+        q, k, v = self.project(x, norm, first + jnp.arange(x.shape[0]))
         out, state, stats = backend.prefill(q, k, v, state, count)
-        return self.o(out.reshape(x.shape[0], -1)), state, stats
+        return self.o(out.reshape(x.shape[0], -1), x), state, stats
 
     def decode(
-        self, x: Float[Array, " D"], position: Int[Array, ""], state: Any, backend: AttentionBackend
+        self, x: Float[Array, " D"], norm: RMSNorm, position: Int[Array, ""], state: Any, backend: AttentionBackend
     ) -> tuple[Float[Array, " D"], Any, Stats]:
-        q, k, v = self.project(x[None], position[None])
+        """The same for one token."""
+        q, k, v = self.project(x[None], norm, position[None])
         out, state, stats = backend.decode(q[0], k[0], v[0], state)
-        return self.o(out.reshape(-1)), state, stats
+        return self.o(out.reshape(-1), x), state, stats
 
 
 class MLP(nnx.Module):
@@ -155,8 +166,10 @@ class MLP(nnx.Module):
         self.up = Linear(make, f"{name}.up_proj", config.hidden_size, config.mlp_size, config.mlp_bias)
         self.down = Linear(make, f"{name}.down_proj", config.mlp_size, config.hidden_size, config.mlp_bias)
 
-    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+    def __call__(self, x: Float[Array, "T D"], norm: RMSNorm) -> Float[Array, "T D"]:
+        """x plus the MLP of the normalised x."""
+        inner = norm(x)
+        return self.down(jax.nn.silu(self.gate(inner)) * self.up(inner), x)
 
 
 class MoE(nnx.Module):
@@ -171,11 +184,13 @@ class MoE(nnx.Module):
         self.down = make.weight(f"{name}.experts.0.down_proj", experts, width, size)
         self.config = config
 
-    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+    def __call__(self, x: Float[Array, "T D"], norm: RMSNorm) -> Float[Array, "T D"]:
+        """x plus the experts' mix for the normalised x."""
         config = self.config
-        scores = matmul(x, self.router.get_value(), out_dtype=jnp.float32)
+        scores = matmul(x, self.router.get_value(), norm=norm.norm, out_dtype=jnp.float32)
         ids, weights = moe_routing(scores, config.experts_per_token, renormalise=config.norm_topk_prob)
-        return expert_mlp(x, ids, weights.astype(x.dtype), self.gate.get_value(), self.up.get_value(), self.down.get_value())
+        experts = (self.gate.get_value(), self.up.get_value(), self.down.get_value())
+        return expert_mlp(x, ids, weights.astype(x.dtype), *experts, norm=norm.norm, residual=x)
 
 
 class DecoderLayer(nnx.Module):
@@ -190,17 +205,15 @@ class DecoderLayer(nnx.Module):
         self, x: Float[Array, "T D"], first: Int[Array, ""], count: Int[Array, ""], state: Any, backend: AttentionBackend
     ) -> tuple[Float[Array, "T D"], Any, Stats]:
         """The layer over tokens at positions first, first+1, ...; rows from `count` on are padding."""
-        mixed, state, stats = self.attention.prefill(self.attention_norm(x), first, count, state, backend)
-        x = x + mixed
-        return x + self.mlp(self.mlp_norm(x)), state, stats
+        x, state, stats = self.attention.prefill(x, self.attention_norm, first, count, state, backend)
+        return self.mlp(x, self.mlp_norm), state, stats
 
     def decode(
         self, x: Float[Array, " D"], position: Int[Array, ""], state: Any, backend: AttentionBackend
     ) -> tuple[Float[Array, " D"], Any, Stats]:
         """The layer over one token."""
-        mixed, state, stats = self.attention.decode(self.attention_norm(x), position, state, backend)
-        x = x + mixed
-        return x + self.mlp(self.mlp_norm(x)[None])[0], state, stats
+        x, state, stats = self.attention.decode(x, self.attention_norm, position, state, backend)
+        return self.mlp(x[None], self.mlp_norm)[0], state, stats
 
 
 class Decoder(nnx.Module):
@@ -227,7 +240,7 @@ class Decoder(nnx.Module):
     def head(self, x: Float[Array, "*T D"]) -> Float[Array, "*T V"]:
         """Final norm and output head: float32 logits."""
         weight = self.embedding if self.lm_head is None else self.lm_head
-        return matmul(self.final_norm(x), weight.get_value(), out_dtype=jnp.float32)
+        return matmul(x, weight.get_value(), norm=self.final_norm.norm, out_dtype=jnp.float32)
 
 
 def weight_leaves(decoder: Decoder) -> dict[str, AbstractWeight]:
