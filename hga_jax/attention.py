@@ -18,8 +18,11 @@ from hga_jax.blocks import LayerState, Opened, attend, attend_and_keep, new_stat
 from hga_jax.cache import DeviceHistory
 from hga_jax.config import HGAConfig, RopeConfig
 from hga_jax.gradients import routed_attention_gradient
+from hga_jax.listed import attend_listed
 from hga_jax.policies import Policy, policy_for
 from hga_jax.pytree import register
+from pallas_kernels.dispatch import Implementation, choose
+from pallas_kernels.sketch_prefill_routing import unsupported
 
 
 @register
@@ -68,7 +71,7 @@ class HGAAttention:
         start = state.length
         state = replace(state, history=state.history.append(key, value, count))
         state = summarise_new(state, start, key.shape[0], self.config, policy)
-        out, _, state, stats = attend(query, start, count, state, self.config, policy, scale)
+        out, _, state, stats, _ = _attend(query, start, count, state, self.config, policy, scale, None)
         return out, state, stats
 
     def decode(
@@ -101,7 +104,7 @@ def hga_attention(
     rotation: orthogonal matrix for the sketch policy instead of the built-in one. scale: of the scores, 1 / sqrt(H) by default.
     query_start: may be an array, also int32 [B] with one start a sequence; then S is only a bound.
     key_value_seq_lengths: int32 [B], tokens of each sequence; keys from there on are padding, and queries there get zeros.
-    implementation: None or "xla".
+    implementation: "pallas" (kernels), "xla", or None: kernels where they run, that is on an NVIDIA GPU, else XLA.
 
     Works under jit, vmap, shard_map over batch or kv heads, jax.checkpoint and reverse-mode differentiation: gradients flow through the
     tokens attended to, while the selection, piecewise constant, has none (no forward mode, no second derivatives). Differentiation keeps
@@ -111,7 +114,7 @@ def hga_attention(
     Returns the outputs in query's dtype; with return_stats also AttentionStats (visible_keys int32 [B, T, N]). The call is stateless: with
     the sketch policy a query sees its own requests and those of earlier queries of this call. T = 1 is the decode rule.
 
-    Raises ValueError for arguments that do not fit together, NotImplementedError for an implementation this version lacks.
+    Raises ValueError for arguments that do not fit together, NotImplementedError for "pallas" where the kernels cannot run.
     Source: arXiv 2606.30709.
     """
     _check(query, key, value, config, rope, rotation, query_start, key_value_seq_lengths, implementation)
@@ -120,11 +123,11 @@ def hga_attention(
     if key_value_seq_lengths is not None:
         count = jnp.clip(jnp.asarray(key_value_seq_lengths, jnp.int32) - start, 0, count)
     rotation = None if rotation is None else jnp.asarray(rotation, jnp.float32)
-    out, stats = _attend_batch(query, key, value, start, count, rotation, config, rope, scale)
+    out, stats = _attend_batch(query, key, value, start, count, rotation, config, rope, scale, implementation)
     return (out, stats) if return_stats else out
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+@partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9))
 def _attend_batch(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S K H"],
@@ -135,29 +138,54 @@ def _attend_batch(
     config: HGAConfig,
     rope: RopeConfig | None,
     scale: float,
+    implementation: Implementation | None,
 ) -> tuple[Float[Array, "B T N H"], AttentionStats]:
     """start, count: of all sequences, or one each."""
     policy = policy_for(config, rope, query.shape[-1], scale, rotation)
 
     def one(q: Array, k: Array, v: Array, start: Array, count: Array) -> tuple[Array, AttentionStats]:
-        out, visible, _, stats = attend(q, start, count, _whole_state(k, v, config, policy), config, policy, scale)
+        out, visible, _, stats, _ = _attend(q, start, count, _whole_state(k, v, config, policy), config, policy, scale, implementation)
         return out, AttentionStats(visible, stats)
 
     return _each_sequence(one, query, key, value, start, count)
 
 
-def _attend_forward(query, key, value, start, count, rotation, config, rope, scale) -> tuple[Any, Any]:
+def _attend(
+    query: Float[Array, "T N H"],
+    start: Int[Array, ""],
+    count: Int[Array, ""],
+    state: LayerState,
+    config: HGAConfig,
+    policy: Policy,
+    scale: float,
+    implementation: Implementation | None,
+    keep: bool = False,
+) -> tuple[Float[Array, "T N H"], Int[Array, "T N"], LayerState, Stats, Opened | None]:
+    """All blocks at once by kernels where they run, or where screening is wanted; else block by block. See blocks.attend_and_keep."""
+    reason = "the paper policy has no kernels"
+    if policy.list_pages is not None:
+        reason = unsupported(query, state.history.pages, config.chunk_size, config.group_size)
+    chosen = choose("hga prefill", implementation, reason)
+    if policy.list_pages is not None and query.shape[0] > 1 and (chosen == "pallas" or config.screening == "on"):
+        return attend_listed(query, start, count, state, config, policy, scale, chosen)
+    if keep:
+        return attend_and_keep(query, start, count, state, config, policy, scale)
+    return *attend(query, start, count, state, config, policy, scale), None
+
+
+def _attend_forward(query, key, value, start, count, rotation, config, rope, scale, implementation) -> tuple[Any, Any]:
     policy = policy_for(config, rope, query.shape[-1], scale, rotation)
 
     def one(q: Array, k: Array, v: Array, start: Array, count: Array) -> tuple[Array, AttentionStats, Opened]:
-        out, visible, _, stats, opened = attend_and_keep(q, start, count, _whole_state(k, v, config, policy), config, policy, scale)
+        state = _whole_state(k, v, config, policy)
+        out, visible, _, stats, opened = _attend(q, start, count, state, config, policy, scale, implementation, keep=True)
         return out, AttentionStats(visible, stats), opened
 
     out, stats, opened = _each_sequence(one, query, key, value, start, count)
     return (out, stats), (query, key, value, start, count, out, opened)
 
 
-def _attend_backward(config, rope, scale, kept, cotangents) -> tuple[Array, Array, Array, None, None, None]:
+def _attend_backward(config, rope, scale, implementation, kept, cotangents) -> tuple[Array, Array, Array, None, None, None]:
     query, key, value, start, count, out, opened = kept
     batch = query.shape[:1]
 
@@ -216,7 +244,5 @@ def _check(query, key, value, config, rope, rotation, query_start, lengths, impl
         raise ValueError(f"head_dim {width} must be even for rotary embeddings")
     if rotation is not None and rotation.shape != (width, width):
         raise ValueError(f"rotation has shape {rotation.shape}: [{width}, {width}] is needed")
-    if implementation == "pallas":
-        raise NotImplementedError('implementation="pallas": there are no kernels for this function yet; use "xla" or None')
-    if implementation not in (None, "xla"):
-        raise ValueError(f'{implementation=}: choose None or "xla"')
+    if implementation not in (None, "pallas", "xla"):
+        raise ValueError(f'{implementation=}: choose None, "pallas" or "xla"')

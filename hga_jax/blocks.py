@@ -20,11 +20,13 @@ from hga_jax.policies import Policy
 from hga_jax.pytree import register, varying_like
 from hga_jax.routing import Selection
 from hga_jax.summaries import empty, write
+from pallas_kernels.dispatch import on_cuda
 
 BLOCKS_AT_ONCE = 4  # blocks that share windows and scoring: 256 queries, twice the matmul speed of 64 on a CPU
 SCORES_AT_ONCE = 16 * 2**20  # page scores held at once, in elements: fewer blocks share when the history is very long
 PAGES_AT_ONCE = 64  # opened pages attended to in one step: 1024 tokens, enough for full-speed matmuls
-CHUNKS_AT_ONCE = 16  # chunks summarised in one step
+CHUNKS_AT_ONCE = 16  # chunks summarised in one step on a CPU, whose caches they should fit
+CHUNKS_AT_ONCE_CUDA = 1024  # where launches are dear: 65,536 tokens, 134 MB of float32 at 4 kv heads of 128
 NOWHERE = 2**30  # a position that no query reaches
 
 
@@ -334,7 +336,7 @@ def summarise_new(state: LayerState, start: Int[Array, ""], most: int, config: H
     """Bring the summaries up to date after at most `most` tokens were appended at `start`."""
     size, chunks = config.chunk_size, state.history.capacity // config.chunk_size
     first, end = start // size, -(-state.length // size)
-    step = min(CHUNKS_AT_ONCE, -(-(most - 1) // size) + 1, chunks)
+    step = min(CHUNKS_AT_ONCE_CUDA if on_cuda() else CHUNKS_AT_ONCE, -(-(most - 1) // size) + 1, chunks)
 
     def one(i: Array, summaries: Any) -> Any:
         begin = jnp.minimum(first + i * step, chunks - step)

@@ -161,7 +161,10 @@ def test_wrong_arguments(change, message):
         jax.jit(lambda q, k, v: hga_attention(q, k, v, config=CONFIG, **more))(q, k, v)
 
 
-def test_pallas_is_refused_for_now():
+def test_kernels_asked_for_by_name_are_refused_where_they_cannot_run():
     q, k, v = tensors()
-    with pytest.raises(NotImplementedError, match="no kernels"):
+    with pytest.raises(NotImplementedError, match="paper policy has no kernels"):
         hga_attention(q, k, v, config=CONFIG, rope=ROPE, implementation="pallas")
+    if jax.default_backend() != "gpu":
+        with pytest.raises(NotImplementedError, match="needs a CUDA GPU"):
+            hga_attention(q, k, v, config=replace(CONFIG, policy="sketch"), implementation="pallas")
