@@ -155,7 +155,7 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, " D"], Any, Stats]:
         """The same for one token."""
         q, k, v = self.project(x[None], norm, position[None])
-        out, state, stats = backend.decode(q[0], k[0], v[0], state)
+        out, state, stats = backend.decode(q[0], k[0], v[0], state, position)
         return self.o(out.reshape(-1), x), state, stats
 
 
