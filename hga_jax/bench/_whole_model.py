@@ -24,11 +24,12 @@ from convert.load import with_weights
 from convert.synthetic import MODELS, make_config
 from hga_jax.bench._tracing import KernelTrace
 from hga_jax.bench.decode import copy_ceilings, environment
+from hga_jax.bench.moe import ceilings
 from hga_jax.config import HGAConfig, ModelConfig, parse_threshold
 from hga_jax.language_model import LanguageModel, make_backend
 from hga_jax.model import Decoder, weight_leaves
 from hga_jax.placement import default_placement
-from hga_jax.plan import make_plan
+from hga_jax.plan import place_history
 from hga_jax.quantized import AbstractWeight, BlockScaled, Weight
 
 # Which part of a layer a kernel belongs to, by the first pattern its name contains.
@@ -110,8 +111,8 @@ def measure(model: LanguageModel, case: Case, *, trace: bool = True) -> dict[str
     figures = asdict(result)
     for name in ("text", "tokens", "model", "rope_scaling"):
         figures.pop(name)
-    plan = make_plan(model.config, make_backend(case.attention, model.config, case.hga), ctx, model.dtype)
-    figures["plan"] = plan.as_json()
+    backend = make_backend(case.attention, model.config, case.hga)
+    figures["plan"] = place_history(model.config, backend, ctx, model.dtype, case.tier)[1].as_json()
     if trace:
         with KernelTrace() as prefill:
             prefill.start()
@@ -126,6 +127,13 @@ def measure(model: LanguageModel, case: Case, *, trace: bool = True) -> dict[str
 
 def largest(kernels: dict[str, dict[str, float]], most: int = 60) -> dict[str, dict[str, float]]:
     return dict(sorted(kernels.items(), key=lambda item: -item[1]["total_us"])[:most])
+
+
+def measured_ceilings() -> dict[str, float]:
+    """What the device reads, copies from the host and multiplies, in the same process."""
+    rates = ceilings(iter(jax.random.split(jax.random.key(1), 64)))
+    pcie = copy_ceilings().get("pcie_gb_s", float("nan"))
+    return {"hbm_gb_s": rates["read_gb_s"], "bf16_tflop_s": rates["bf16_tflop_s"], "pcie_gb_s": pcie}
 
 
 def parts(kernels: dict[str, dict[str, float]], count: int) -> dict[str, dict[str, float]]:
@@ -157,13 +165,22 @@ def decode_bytes(config: ModelConfig, figures: dict[str, Any], context: int) -> 
     }  # fmt: skip
 
 
-def estimate_5090(figures: dict[str, Any], ceilings: dict[str, float], layers: int) -> float:
+def prefill_flops(config: ModelConfig, tokens: int) -> dict[str, float]:
+    """Multiplications and additions of each part in one layer."""
+    heads = (2 * config.heads + 2 * config.kv_heads) * config.head_dim
+    return {
+        "experts": 6.0 * tokens * config.experts_per_token * config.expert_size * config.hidden_size,
+        "projections": 2.0 * tokens * config.hidden_size * heads,
+    }
+
+
+def estimate_5090(figures: dict[str, Any], limits: dict[str, float], layers: int) -> float:
     """Tokens a second if every kernel took as much longer as the memory it reads is slower; the part of it that is launching stays."""
     total = 0.0
     for part, found in figures["decode_parts"].items():
         bus = figures["decode_bytes"].get(part, ("hbm_gb_s", 0))[0]
         fixed = min(found["us"], found["launches"] * LAUNCH_MICROSECONDS)
-        total += fixed + (found["us"] - fixed) * max(1.0, ceilings[bus] / RTX_5090[bus])
+        total += fixed + (found["us"] - fixed) * max(1.0, limits[bus] / RTX_5090[bus])
     return 1e6 / (total * layers)
 
 
@@ -187,10 +204,10 @@ def main(what: str, argv: list[str]) -> None:
     hga = HGAConfig(policy=options.policy)
     if options.quality:
         hga = replace(hga, threshold=parse_threshold(options.quality))
-    ceilings = copy_ceilings()
+    limits = measured_ceilings()
     model = open_model(options)
     report: dict[str, Any] = {
-        "command": " ".join([f"python -m hga_jax.bench {what}", *argv]), "environment": environment(), "ceilings": ceilings,
+        "command": " ".join([f"python -m hga_jax.bench {what}", *argv]), "environment": environment(), "ceilings": limits,
         "model": model.name, "layers": model.config.layers, "results": [],
     }  # fmt: skip
     print(report["environment"], model.name, flush=True)
@@ -200,14 +217,15 @@ def main(what: str, argv: list[str]) -> None:
             result = {"prompt_tokens": prompt, **measure(model, case, trace=not options.no_trace)}
             if not options.no_trace:
                 result["decode_bytes"] = decode_bytes(model.config, result, prompt)
-                result["rtx_5090_estimate_tokens_per_second"] = estimate_5090(result, ceilings, model.config.layers)
+                result["prefill_flops"] = prefill_flops(model.config, prompt)
+                result["rtx_5090_estimate_tokens_per_second"] = estimate_5090(result, limits, model.config.layers)
             report["results"].append(result)
-            print_result(what, result, ceilings)
+            print_result(what, result, limits)
             if options.json:  # after every case: a later one may not fit
                 Path(options.json).write_text(json.dumps(report, indent=1))
 
 
-def print_result(what: str, result: dict[str, Any], ceilings: dict[str, float]) -> None:
+def print_result(what: str, result: dict[str, Any], limits: dict[str, float]) -> None:
     gib = 2**30
     print(
         f"{result['prompt_tokens']:7d} tokens, history on {result['history_tier']}: prefill {result['prefill_seconds']:.2f} s "
@@ -220,7 +238,10 @@ def print_result(what: str, result: dict[str, Any], ceilings: dict[str, float]) 
         floor = ""
         if what == "decode" and part in result["decode_bytes"]:
             bus, nbytes = result["decode_bytes"][part]
-            floor = f"  {nbytes / 1e6:8.2f} MB, floor {nbytes / ceilings[bus] / 1e3:7.1f} us ({bus.removesuffix('_gb_s')})"
+            floor = f"  {nbytes / 1e6:8.2f} MB, floor {nbytes / limits[bus] / 1e3:7.1f} us ({bus.removesuffix('_gb_s')})"
+        if what == "prefill" and part in result["prefill_flops"]:
+            flops = result["prefill_flops"][part]
+            floor = f"  {flops / 1e12:8.2f} TFLOP, floor {flops / limits['bf16_tflop_s'] / 1e6:7.1f} us"
         print(f"    {part:12} {found['us']:10.1f} us a layer in {found['launches']:6.1f} launches{floor}", flush=True)
     if "rtx_5090_estimate_tokens_per_second" in result:
         print(f"    RTX 5090, an estimate: {result['rtx_5090_estimate_tokens_per_second']:.0f} tokens/s", flush=True)
