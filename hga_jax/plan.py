@@ -115,15 +115,30 @@ def make_plan(config: ModelConfig, backend: AttentionBackend, ctx: int, dtype: A
         sizes[purpose(path)] += config.layers * _bytes(leaf)
     tier = tier_of(backend)
     working = sizes["history"] // config.layers if tier == "host" else 0
-    size, width = padded_size(ctx, SEGMENT, SUPER_BLOCK), jnp.dtype(dtype).itemsize
-    inner = max(config.mlp_size, config.expert_size * config.experts_per_token, config.heads * config.head_dim)
-    activations = 2 * size * config.hidden_size * width + segment_of(size) * inner * 4 * 4 + 2 * config.vocab_size * 4
+    activations = activation_bytes(config, ctx, jnp.dtype(dtype).itemsize)
     memory, limit = _memory(device)
     apart = tier == "host" and device.platform != "cpu"
     return Plan(
         ctx, weights, host_weights, **sizes, activations=activations, tier=tier, memory=memory, limit=limit, working=working,
         host=sizes["history"] if apart else 0, host_limit=_main_memory()[1] if apart else None,
     )  # fmt: skip
+
+
+def activation_bytes(config: ModelConfig, ctx: int, width: int) -> int:
+    """Bytes of prefill's temporaries, `width` bytes a value: the super-block's activations and the larger of a segment's two halves.
+
+    Attention: input, normalised input, float32 products of q, k, v, the same turned, outputs. Expert MLP: a row of F and one of D for each
+    token and chosen expert (see pallas_kernels.moe_prefill), input, normalised input, output. Beside them what routing reads of one layer.
+    """
+    size = padded_size(ctx, SEGMENT, SUPER_BLOCK)
+    tokens, hidden = segment_of(size), config.hidden_size
+    heads = (config.heads + 2 * config.kv_heads) * config.head_dim
+    attention = tokens * (2 * hidden * width + heads * (4 + 2 * width) + config.heads * config.head_dim * width)
+    mlp = tokens * (3 * hidden * width + 3 * config.mlp_size * width)
+    if config.experts:
+        mlp = tokens * (3 * hidden * width + config.experts_per_token * (config.expert_size + hidden) * 2)
+    routing = 2 * size * config.kv_heads * config.head_dim * width
+    return size * hidden * width + max(attention, mlp) + routing + 2 * config.vocab_size * 4
 
 
 def place_history(
