@@ -18,8 +18,7 @@ from hga_jax.blocks import LayerState, Opened, attend, attend_and_keep, new_stat
 from hga_jax.cache import DeviceHistory, HostHistory
 from hga_jax.cache.window import window_places
 from hga_jax.config import HGAConfig, RopeConfig
-from hga_jax.decoding import How, close_chunk, decode_token
-from hga_jax.decoding import unsupported as decoding_unsupported
+from hga_jax.decoding import How, cannot_decode, carried_pages, close_chunk, decode_token
 from hga_jax.gradients import routed_attention_gradient
 from hga_jax.listed import attend_listed
 from hga_jax.policies import Policy, policy_for
@@ -119,7 +118,7 @@ class HGAAttention(AttentionBackend):
         """Which operations decode: None is the block code of prefill, the fastest on the device tier without kernels."""
         if self.implementation == "interpret":
             return How("pallas", interpret=True)
-        reason = decoding_unsupported(self.config, heads, state.history.kv_heads, state.history.capacity, head_dim)
+        reason = cannot_decode(self.config, heads, state.history.kv_heads, state.history.capacity, head_dim)
         chosen = choose("decoding", self.implementation, reason)
         if chosen == "xla" and isinstance(state.history, DeviceHistory):
             return None
@@ -131,16 +130,17 @@ class HGAAttention(AttentionBackend):
     def settle_every(self) -> int:
         return self.config.chunk_size
 
-    def start_decoding(self, state: LayerState) -> LayerState:
+    def start_decoding(self, state: LayerState, held: Int[Array, ""]) -> LayerState:
         """The position is common to all layers: carried once, it costs no launch a layer."""
         history = state.history.typed() if isinstance(state.history, HostHistory) else state.history
-        return replace(state, history=replace(history, length=None))
+        how = self._how(state, history.kv_heads, history.head_dim)
+        carried = None if how is None else carried_pages(state, held, self.config, how)
+        return replace(state, history=replace(history, length=None), carried=carried)
 
     def settle(self, state: LayerState, held: Int[Array, ""]) -> LayerState:
         """Summarise the newest chunk and write its pages to the host tier, where `decode` left that to do."""
         history = state.history
-        heads = history.kv_heads if state.marks is None else 1
-        how = self._how(state, heads, history.head_dim)
+        how = self._how(state, history.kv_heads, history.head_dim)
         if how is None:
             return state
         policy = policy_for(self.config, self.rope, history.head_dim, 1 / math.sqrt(history.head_dim))
@@ -148,7 +148,7 @@ class HGAAttention(AttentionBackend):
 
     def finish_decoding(self, state: LayerState, held: Int[Array, ""]) -> LayerState:
         """Undo `start_decoding`."""
-        return replace(state, history=replace(state.history, length=held))
+        return replace(state, history=replace(state.history, length=held), carried=None)
 
     def prefill_buffer(self, state: LayerState) -> Float[Array, "K P 2 g H"] | None:
         """Pages on the device for one layer at a time (host tier only)."""
@@ -162,7 +162,7 @@ class HGAAttention(AttentionBackend):
             return state
         if held:
             how = self._how(state, state.history.kv_heads, state.history.head_dim)
-            buffer = _read_pages(buffer, state.history, jnp.int32(held), how)
+            buffer = _read_pages(buffer, state.history, jnp.int32(held), config=self.config, how=how)
         return replace(state, history=DeviceHistory(buffer, jnp.int32(held)))
 
     def unload(
@@ -178,9 +178,11 @@ class HGAAttention(AttentionBackend):
         return replace(worked, history=history), buffer
 
 
-@partial(jax.jit, static_argnames="how", donate_argnames="buffer")
-def _read_pages(buffer: Float[Array, "K P 2 g H"], history: HostHistory, held: Int[Array, ""], how: How) -> Float[Array, "K P 2 g H"]:
-    return history.typed().read_into(buffer, held, buffer.shape[1], how.settings())
+@partial(jax.jit, static_argnames=("config", "how"), donate_argnames="buffer")
+def _read_pages(
+    buffer: Float[Array, "K P 2 g H"], history: HostHistory, held: Int[Array, ""], *, config: HGAConfig, how: How
+) -> Float[Array, "K P 2 g H"]:
+    return history.typed().read_into(buffer, held, config, how.plain())
 
 
 @partial(jax.jit, static_argnames=("config", "most", "how"), donate_argnames="history")
@@ -194,7 +196,7 @@ def _write_pages(
     most: int,
     how: How,
 ) -> HostHistory:
-    return history.typed().with_pages_written(source, held, end, most, window_places(end, config), how.settings())
+    return history.typed().with_pages_written(source, held, end, most, window_places(end, config), how.plain())
 
 
 def hga_attention(
