@@ -38,9 +38,9 @@ class HGAConfig:
     whose threshold depends on how many query heads share a kv head.
     page_capacity: sketch policy, the most routed pages of a kv head open at a time; further requests are refused, in query order.
     screening: sketch policy, how prefill finds pages. "off": every query scans the sketch of every token. "on": every screen_stride-th
-    query looks at each page's mean key plus screen_spread standard deviations; pages that reach screen_margin of the threshold are
-    candidates, and those whose sketches reach screen_threshold of the threshold are requested. "auto": on an NVIDIA GPU, in histories with
-    room for more than SCREEN_FROM tokens; off elsewhere. Decode always scans everything.
+    query looks at each page's mean key plus screen_spread standard deviations; pages that reach screen_margin of the threshold, as a share
+    of the windows' mass, are candidates, and those whose sketches reach screen_threshold of the threshold are requested. "auto": on an
+    NVIDIA GPU, in histories with room for more than SCREEN_FROM tokens; off elsewhere. Decode always scans everything.
     top_chunks, top_groups, summary: paper policy; `top_groups // 2` is what each single query requests.
     """
 

@@ -74,8 +74,9 @@ def route(
     that row on to the end of the next chunk. Requests beyond `capacity` pages a list are refused, in order of (row, page id).
 
     screen None: every query probes every page by its sketched keys. Otherwise only every screen.stride-th query probes, first by the pages'
-    means and spreads; those that reach threshold * screen.margin are its candidates, and those of earlier probes of its chunk and of
-    the chunk before (if the same call holds it). Among them it asks by their sketched keys, against the mass as first estimated.
+    means and spreads; those that reach threshold * screen.margin of its windows' mass are its candidates, and those of earlier probes of
+    its chunk and of the chunk before (if the same call holds it). Among them it asks by their sketched keys, against the mass of windows
+    and all pages as the means and spreads estimate it.
     Nothing depends on a later query. Source: DESIGN section 2 of the project, measured in config.Screen.
     """
     steps = _steps(implementation, config or Config(), interpret)
@@ -86,11 +87,11 @@ def route(
     else:
         rule = replace(rule, stride=screen.stride, spread=screen.spread)
         keys, spreads = page_statistics(sketched)
-    window, mass = steps.probe_mass(query, bounds, pages, keys, spreads, rule=rule)
+    share = None if screen is None else threshold * screen.margin
+    window, mass, wide = steps.probe_mass(query, bounds, pages, keys, spreads, threshold=share, rule=rule)
     if screen is None:
-        first = steps.probe_requests(query, bounds, keys, spreads, mass, threshold=threshold, rule=rule)
+        first = steps.probe_requests(query, bounds, keys, mass, threshold=threshold, rule=rule)
     else:
-        wide = steps.probe_requests(query, bounds, keys, spreads, mass, threshold=threshold * screen.margin, rule=rule)
         never = jnp.full_like(stamps, -2)
         *candidates, counts = steps.page_lists(wide, never, bounds, capacity=min(screen.capacity, stamps.shape[1]), rule=rule)
         asked = (query, bounds, sketched, mass, *candidates, counts[..., 0])
