@@ -16,8 +16,10 @@ from hga_jax.routing import Granted, grant_each, grant_remembered, request_by_th
 from hga_jax.sketches import KeySketches, built_in_rotation, key_sketches
 from hga_jax.summaries import key_sums
 from pallas_kernels.dispatch import Implementation
+from pallas_kernels.limits import power_of_two
 from pallas_kernels.sketch_prefill_routing import Rule, Screen, route
-from pallas_kernels.sketch_prefill_routing.keys import sketched_keys
+from pallas_kernels.sketch_prefill_routing.keys import page_keys
+from pallas_kernels.sketch_prefill_routing.sketches import sketch_pages
 
 
 class PageLists(NamedTuple):
@@ -37,6 +39,8 @@ class PageLists(NamedTuple):
 
 class Policy(NamedTuple):
     """summarise: post-RoPE keys [K, whole chunks, H] -> summaries, any pytree that summaries.write understands.
+    summarise_pages: (summaries, pages of a device history, first chunk, end, most chunks) -> summaries with those of the chunks from first
+    to end made anew, as a kernel for NVIDIA GPUs; None: there is none.
     request: (query [K, B, G, Q, H] of B neighbouring chunks, live [B, Q], their chunks [B], summaries, log of the window scores' summed
     exponentials [K, B, G, Q]) -> what those queries ask for, any pytree; needs nothing of what was requested before.
     grant: (requests, b, chunk of block b, stamps) -> routing.Granted: the pages open to block b; called block by block.
@@ -46,6 +50,7 @@ class Policy(NamedTuple):
     """
 
     summarise: Callable[[Float[Array, "K S H"]], Any]
+    summarise_pages: Callable[..., Any] | None
     request: Callable[..., Any]
     grant: Callable[..., Granted]
     list_pages: Callable[..., PageLists] | None
@@ -63,15 +68,37 @@ def policy_for(
     if config.policy == "paper":
         if config.summary == "mixed_rope" and rope is None:
             raise ValueError("summary='mixed_rope' needs rope=RopeConfig(theta=...): give the keys' rotation or choose summary='mean'")
-        return Policy(partial(key_sums, config=config, rope=rope), partial(request_top, config=config), grant_each, None, remembers=False)
+        return Policy(
+            partial(key_sums, config=config, rope=rope), None, partial(request_top, config=config), grant_each, None, remembers=False
+        )
+    fits_kernels = power_of_two(config.chunk_size) and power_of_two(config.group_size) and config.chunk_size >= 16
     rotation = jnp.asarray(built_in_rotation(head_dim) if rotation is None else rotation, jnp.float32)
     return Policy(
         partial(key_sketches, chunk_size=config.chunk_size, rotation=rotation),
+        partial(sketch_new_pages, rotation=rotation) if fits_kernels else None,
         partial(request_by_threshold, config=config, rotation=rotation, scale=scale),
         partial(grant_remembered, capacity=config.page_capacity),
         partial(list_by_threshold, config=config, rotation=rotation, scale=scale),
         remembers=True,
     )
+
+
+def sketch_new_pages(
+    sketches: KeySketches,
+    pages: Float[Array, "K P 2 g H"],
+    first_chunk: Int[Array, ""],
+    end_chunk: Int[Array, ""],
+    most: int,
+    *,
+    rotation: Float[Array, "H H"],
+) -> KeySketches:
+    """sketches.key_sketches of at most `most` chunks of a history, written into their place."""
+
+    @custom_batching.sequential_vmap
+    def run(pages: Array, *arrays: Array) -> tuple:
+        return sketch_pages(pages, *arrays[:3], rotation, *arrays[3:], most)
+
+    return KeySketches(*run(pages, sketches.means, sketches.codes, sketches.scales, first_chunk, end_chunk))
 
 
 def list_by_threshold(
@@ -96,9 +123,12 @@ def list_by_threshold(
 
     @custom_batching.sequential_vmap  # kernels take one sequence
     def run(query: Array, pages: Array, sketches: KeySketches, stamps: Array, start: Array, count: Array) -> tuple:
-        sketched = sketched_keys(sketches.means, sketches.codes, sketches.scales, rotation, config.group_size)
+        closed = (start + count) // config.chunk_size
+        keys = page_keys(
+            sketches.means, sketches.codes, sketches.scales, rotation, config.group_size, closed, implementation=implementation
+        )  # fmt: skip
         found = route(
-            query, pages, sketched, stamps, start, count, rule=rule, threshold=config.threshold_for(ratio), capacity=config.page_capacity,
+            query, pages, keys, stamps, start, count, rule=rule, threshold=config.threshold_for(ratio), capacity=config.page_capacity,
             screen=screen, implementation=implementation,
         )  # fmt: skip
         return tuple(found)
