@@ -162,11 +162,8 @@ def _attend(
     keep: bool = False,
 ) -> tuple[Float[Array, "T N H"], Int[Array, "T N"], LayerState, Stats, Opened | None]:
     """All blocks at once by kernels where they run, or where screening is wanted; else block by block. See blocks.attend_and_keep."""
-    reason = "the paper policy has no kernels"
-    if policy.list_pages is not None:
-        reason = unsupported(query, state.history.pages, config.chunk_size, config.group_size)
-    chosen = choose("hga prefill", implementation, reason)
-    if policy.list_pages is not None and query.shape[0] > 1 and (chosen == "pallas" or config.screening == "on"):
+    chosen = choose("hga prefill", implementation, unsupported(query, state.history.pages, config.chunk_size, config.group_size))
+    if query.shape[0] > 1 and (chosen == "pallas" or (config.screening == "on" and config.policy == "sketch")):
         return attend_listed(query, start, count, state, config, policy, scale, chosen)
     if keep:
         return attend_and_keep(query, start, count, state, config, policy, scale)

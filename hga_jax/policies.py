@@ -14,12 +14,14 @@ from jaxtyping import Array, Float, Int
 from hga_jax.config import HGAConfig, RopeConfig
 from hga_jax.routing import Granted, grant_each, grant_remembered, request_by_threshold, request_top
 from hga_jax.sketches import KeySketches, built_in_rotation, key_sketches
-from hga_jax.summaries import key_sums
+from hga_jax.summaries import KeySums, key_sums
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.limits import power_of_two
 from pallas_kernels.sketch_prefill_routing import Rule, Screen, route
 from pallas_kernels.sketch_prefill_routing.keys import page_keys
 from pallas_kernels.sketch_prefill_routing.sketches import sketch_pages
+
+SCORES_AT_ONCE = 64 * 2**20  # chunk scores held at once by `list_top`, in elements
 
 
 class PageLists(NamedTuple):
@@ -45,7 +47,7 @@ class Policy(NamedTuple):
     exponentials [K, B, G, Q]) -> what those queries ask for, any pytree; needs nothing of what was requested before.
     grant: (requests, b, chunk of block b, stamps) -> routing.Granted: the pages open to block b; called block by block.
     list_pages: (query [T, N, H], pages of a device history, summaries, stamps, first position, live queries, implementation) -> PageLists:
-    request and grant for all blocks at once; None: there is no such program.
+    request and grant for all blocks at once.
     remembers: whether requests outlive their block; then `grant` takes and returns a stamp a page.
     """
 
@@ -53,7 +55,7 @@ class Policy(NamedTuple):
     summarise_pages: Callable[..., Any] | None
     request: Callable[..., Any]
     grant: Callable[..., Granted]
-    list_pages: Callable[..., PageLists] | None
+    list_pages: Callable[..., PageLists]
     remembers: bool
 
     def new_stamps(self, kv_heads: int, pages: int) -> Int[Array, "K P"] | None:
@@ -69,7 +71,12 @@ def policy_for(
         if config.summary == "mixed_rope" and rope is None:
             raise ValueError("summary='mixed_rope' needs rope=RopeConfig(theta=...): give the keys' rotation or choose summary='mean'")
         return Policy(
-            partial(key_sums, config=config, rope=rope), None, partial(request_top, config=config), grant_each, None, remembers=False
+            partial(key_sums, config=config, rope=rope),
+            None,
+            partial(request_top, config=config),
+            grant_each,
+            partial(list_top, config=config),
+            remembers=False,
         )
     fits_kernels = power_of_two(config.chunk_size) and power_of_two(config.group_size) and config.chunk_size >= 16
     rotation = jnp.asarray(built_in_rotation(head_dim) if rotation is None else rotation, jnp.float32)
@@ -81,6 +88,32 @@ def policy_for(
         partial(list_by_threshold, config=config, rotation=rotation, scale=scale),
         remembers=True,
     )
+
+
+def list_top(
+    query: Float[Array, "T N H"],
+    pages: Float[Array, "K P 2 g H"],
+    sums: KeySums,
+    stamps: None,
+    start: Int[Array, ""],
+    count: Int[Array, ""],
+    implementation: Implementation,
+    *,
+    config: HGAConfig,
+) -> PageLists:
+    """The paper policy's selections of all blocks of queries: plain XLA, as many blocks at once as there is room for their scores."""
+    (length, heads, width), (kv_heads, held), size = query.shape, pages.shape[:2], config.chunk_size
+    most = -(-(length - 1) // size) + 1
+    room = jnp.zeros((most * size, heads, width), query.dtype)
+    placed = lax.dynamic_update_slice_in_dim(room, query, start % size, 0)
+    blocks = placed.reshape(most, size, kv_heads, heads // kv_heads, width).transpose(2, 0, 3, 1, 4)
+    position = start // size * size + jnp.arange(most * size).reshape(most, size)
+    live = (position >= start) & (position < start + count)
+    at_once = min(most, max(SCORES_AT_ONCE // (heads * size * held // config.groups_per_chunk), 2))
+    found = request_top(blocks, live, position[:, 0] // size, sums, None, config=config, at_once=at_once)
+    counts = jnp.where(live.any(1), found.used, 0)
+    counts = jnp.broadcast_to(counts[None, :, None], (kv_heads, most, found.pages.shape[2]))
+    return PageLists(found.pages.swapaxes(0, 1), found.since.swapaxes(0, 1), counts, stamps, jnp.int32(0), jnp.float32(0))
 
 
 def sketch_new_pages(

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_goldens import PAPER, TOLERANCE, load
 
 from hga_jax.attention import HGAAttention
 from hga_jax.blocks import attend, summarise_new
@@ -79,3 +80,51 @@ def test_kernels_on_a_gpu():
     with jax.default_matmul_precision("highest"):  # XLA's own default on these GPUs has 10 bits
         compare(*both(CONFIG, [(120, 107), (120, 93)], implementation="pallas"))
         compare(*both(replace(CONFIG, page_capacity=5), [(200, 200)], implementation="pallas"))
+
+
+def paper_golden(name, implementation):
+    """Outputs and visible keys of a stored case by page lists, and as the authors' code has them."""
+    data, meta, config, rope = load(name, "paper")
+    q, k, v = (jnp.asarray(data[x][: meta["seq"]]) for x in "qkv")
+    backend, scale = HGAAttention(config, rope), q.shape[2] ** -0.5
+    policy = policy_for(config, rope, q.shape[2], scale)
+
+    @jax.jit
+    def run(q, k, v, state):
+        count = jnp.int32(len(q))
+        state = summarise_new(replace(state, history=state.history.append(k, v, count)), jnp.int32(0), len(q), config, policy)
+        return attend_listed(q, jnp.int32(0), count, state, config, policy, scale, implementation)[:2]
+
+    out, visible = run(q, k, v, backend.init_state(len(q), *k.shape[1:], jnp.float32))
+    np.testing.assert_array_equal(visible, data["prefill_visible_keys"])
+    np.testing.assert_allclose(out, data["prefill_out"], atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["gqa_sinks_local"])
+def test_paper_policy_by_page_lists_gives_the_goldens(name):
+    paper_golden(name, "xla")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", PAPER[:-1])
+def test_paper_policy_through_the_kernels_gives_the_goldens(name):
+    with jax.default_matmul_precision("highest"):
+        paper_golden(name, "pallas")
+
+
+@pytest.mark.parametrize("implementation", ["xla", pytest.param("pallas", marks=pytest.mark.gpu)])
+def test_sketch_policy_by_page_lists_gives_the_golden(implementation):
+    data, _, config, _ = load("sketch_small_pages", "sketch")
+    q, k, v = (jnp.asarray(data[x]) for x in "qkv")
+    policy = policy_for(config, None, q.shape[2], q.shape[2] ** -0.5, data["rotation"])
+
+    @jax.jit
+    def run(q, k, v, state):
+        count = jnp.int32(len(q))
+        state = summarise_new(replace(state, history=state.history.append(k, v, count)), jnp.int32(0), len(q), config, policy)
+        return attend_listed(q, jnp.int32(0), count, state, config, policy, q.shape[2] ** -0.5, implementation)[:2]
+
+    with jax.default_matmul_precision("highest"):
+        out, visible = run(q, k, v, HGAAttention(config).init_state(len(q), *k.shape[1:], jnp.float32))
+    np.testing.assert_array_equal(visible, data["visible_keys"])
+    np.testing.assert_allclose(out, data["out"], atol=TOLERANCE)
