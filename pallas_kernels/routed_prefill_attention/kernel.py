@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -21,6 +22,7 @@ from pallas_kernels.routed_prefill_attention.config import Config, default
 LOG2_E = math.log2(math.e)
 SINCE_BITS = 8  # of a list word: the first row of the chunk that sees the page; the other bits are the page
 NOBODY = 2**SINCE_BITS - 1
+LOWEST = -1e30  # below any score
 
 
 def unsupported(query: Any, pages: Any, page_ids: Any, chunk_size: int) -> str | None:
@@ -76,6 +78,19 @@ def _dot(a: Array, b: Array, *, trans_b: bool = False) -> Array:
     return plt.dot(a, b, trans_b=trans_b, precision=lax.Precision.HIGHEST if a.dtype == jnp.float32 else None)
 
 
+def _weights(scores: Array, factor: float, peak: Array, interpret: bool) -> Array:
+    """exp2(scores * factor - peak). Spelled in PTX because the compiler would neither fuse the product nor flush denormals: 4 more instructions
+    an element, a quarter of the loop."""
+    if interpret:
+        return jnp.exp2(scores * factor - peak)
+    literal = struct.pack(">f", factor).hex()
+    asm = f"{{ .reg .f32 t; fma.rn.ftz.f32 t, $1, 0f{literal}, $2; ex2.approx.ftz.f32 $0, t; }}"
+    result = jax.ShapeDtypeStruct(scores.shape, jnp.float32)
+    minus_peak = jnp.broadcast_to(-peak, scores.shape)
+    [weights] = plt.elementwise_inline_asm(asm, args=[scores, minus_peak], constraints="=f,f,f", pack=1, result_shape_dtypes=[result])
+    return weights
+
+
 def _of_page(words: list[Any], index: Array) -> Array:
     """words[index] for an index vector whose entries the compiler knows: the choice costs nothing at run time."""
     out = jnp.full(index.shape, words[0], jnp.int32)
@@ -96,6 +111,7 @@ def _attention_kernel(
     chunk_size: int,
     scale: float,
     config: Config,
+    interpret: bool,
 ):
     tile, block, k = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     length, heads, head_dim = query_ref.shape
@@ -132,28 +148,21 @@ def _attention_kernel(
             peak, total, acc = carry
             scores = jnp.where(visible, _dot(query, keys, trans_b=True), -jnp.inf)
             new_peak = jnp.maximum(peak, scores.max(1) * factor)
-            weights = jnp.exp2(scores * factor - new_peak[:, None])
-            shrink = jnp.exp2(peak - new_peak)
+            weights = _weights(scores, factor, new_peak[:, None], interpret)
+            shrink = _weights(peak, 1.0, new_peak, interpret)
             return new_peak, total * shrink + weights.sum(1), acc * shrink[:, None] + _dot(weights.astype(values.dtype), values)
 
-        # The own chunk comes first: every row sees at least its token 0, and the running maximum is finite from there on.
+        # A finite start, so that rows that have seen nothing yet need no special case: their weights are exp2(-inf).
         carry = (
-            jnp.full((config.rows,), -jnp.inf, jnp.float32),
+            jnp.full((config.rows,), LOWEST, jnp.float32),
             jnp.zeros((config.rows,), jnp.float32),
             jnp.zeros((config.rows, dim.shape[0]), jnp.float32),
         )
-        own = span(0, min(config.keys, chunk_size))
-        for begin in range(0, chunk_size, own.shape[0]):
-            token = start + begin + own
-            held = token < first_position + count  # what lies beyond may be anything
-            keys, values = (load(token // group_size, token % group_size, part, held) for part in (0, 1))
-            carry = add(carry, keys, values, begin + own[None, :] <= row[:, None])
-
         step_pages = config.keys // group_size
         key = span(0, config.keys)
         which, slot = key // group_size, key % group_size
         list_index = 0 if lists == 1 else tile * config.rows // chunk_size
-        steps = (used_ref[k, block, list_index] + step_pages - 1) // step_pages
+        steps = jnp.maximum((used_ref[k, block, list_index] + step_pages - 1) // step_pages, 1)
         slots = words_ref.shape[3]
 
         def words_of(i):
@@ -167,8 +176,17 @@ def _attention_kernel(
             following = words_of(i + 1)  # a step ahead: the addresses of the next loads hang on them
             return following, *add(carry, keys, values, since[None, :] <= row[:, None])
 
-        _, peak, total, acc = lax.fori_loop(0, steps, step, (words_of(0), *carry))
-        out = jnp.where(live[:, None], acc / total[:, None], 0)
+        _, *carry = lax.fori_loop(0, steps, step, (words_of(0), *carry))
+
+        # The own chunk comes last: before the loop, its keys and values would stay in shared memory all through it.
+        own = span(0, min(config.keys, chunk_size))
+        for begin in range(0, chunk_size, own.shape[0]):
+            token = start + begin + own
+            held = token < first_position + count  # what lies beyond may be anything
+            keys, values = (load(token // group_size, token % group_size, part, held) for part in (0, 1))
+            carry = add(carry, keys, values, begin + own[None, :] <= row[:, None])
+        peak, total, acc = carry
+        out = jnp.where(live[:, None], acc * (1 / total)[:, None], 0)
         plt.store(out_ref.at[where], out.astype(out_ref.dtype), mask=here[:, None] & inside[None, :])
         lse = jnp.where(live, peak / LOG2_E + jnp.log(total), 0)
         plt.store(lse_ref.at[target, query_head], lse, mask=here)
@@ -213,7 +231,7 @@ def routed_prefill_attention(
     )  # fmt: skip
     operands = (jnp.stack([first_position, count]).astype(jnp.int32), words, used, query, pages)
     return pl.pallas_call(
-        partial(_attention_kernel, chunk_size=chunk_size, scale=scale, config=config),
+        partial(_attention_kernel, chunk_size=chunk_size, scale=scale, config=config, interpret=interpret),
         grid=(-(-ratio * chunk_size // rows), blocks, kv_heads),  # tiles of one list side by side: they read the same pages
         in_specs=[pl.no_block_spec] * len(operands),
         out_specs=[pl.no_block_spec] * 2,
