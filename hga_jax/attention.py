@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,11 +14,15 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from hga_jax.backend import Stats
-from hga_jax.blocks import LayerState, attend, new_state, summarise_new
+from hga_jax.blocks import LayerState, Opened, attend, attend_and_keep, new_state, summarise_new
 from hga_jax.cache import DeviceHistory
 from hga_jax.config import HGAConfig, RopeConfig
-from hga_jax.policies import policy_for
+from hga_jax.gradients import routed_attention_gradient
+from hga_jax.listed import attend_listed
+from hga_jax.policies import Policy, policy_for
 from hga_jax.pytree import register
+from pallas_kernels.dispatch import Implementation, choose
+from pallas_kernels.sketch_prefill_routing import unsupported
 
 
 @register
@@ -65,7 +71,7 @@ class HGAAttention:
         start = state.length
         state = replace(state, history=state.history.append(key, value, count))
         state = summarise_new(state, start, key.shape[0], self.config, policy)
-        out, _, state, stats = attend(query, start, count, state, self.config, policy, scale)
+        out, _, state, stats, _ = _attend(query, start, count, state, self.config, policy, scale, None)
         return out, state, stats
 
     def decode(
@@ -84,42 +90,133 @@ def hga_attention(
     config: HGAConfig,
     rope: RopeConfig | None = None,
     rotation: Float[Array | np.ndarray, "_H _H"] | None = None,
-    query_start: int | Int[Array, ""] = 0,
+    query_start: int | Int[Array, "*starts"] = 0,
+    key_value_seq_lengths: Int[Array | np.ndarray, " _B"] | None = None,
     scale: float | None = None,
     implementation: str | None = None,
     return_stats: bool = False,
 ) -> Float[Array, "B T N H"] | tuple[Float[Array, "B T N H"], AttentionStats]:
-    """Hierarchical global attention, in the layout and habits of jax.nn.dot_product_attention with is_causal=True; jit- and vmap-safe.
+    """Hierarchical global attention, in the layout and habits of jax.nn.dot_product_attention with is_causal=True.
 
     query: post-RoPE queries at positions query_start .. query_start+T-1. key, value: post-RoPE keys and values of positions 0 .. S-1,
     S = query_start + T; each of the K heads serves N / K neighbouring query heads. Any floating dtype; scores and softmax are float32.
     config: which tokens a query attends to. rope: the rotation the keys carry; only the paper policy's "mixed_rope" summaries need it.
     rotation: orthogonal matrix for the sketch policy instead of the built-in one. scale: of the scores, 1 / sqrt(H) by default.
-    implementation: None or "xla".
+    query_start: may be an array, also int32 [B] with one start a sequence; then S is only a bound.
+    key_value_seq_lengths: int32 [B], tokens of each sequence; keys from there on are padding, and queries there get zeros.
+    implementation: "pallas" (kernels), "xla", or None: kernels where they run, that is on an NVIDIA GPU, else XLA.
+
+    Works under jit, vmap, shard_map over batch or kv heads, jax.checkpoint and reverse-mode differentiation: gradients flow through the
+    tokens attended to, while the selection, piecewise constant, has none (no forward mode, no second derivatives). Differentiation keeps
+    q, k, v, the outputs and the lists of opened pages (8 bytes a slot: for the sketch policy min(page_capacity, S / 16) slots a kv head and
+    chunk), computes scores again chunk by chunk, and needs float32 room for one sequence's d_key and d_value.
 
     Returns the outputs in query's dtype; with return_stats also AttentionStats (visible_keys int32 [B, T, N]). The call is stateless: with
     the sketch policy a query sees its own requests and those of earlier queries of this call. T = 1 is the decode rule.
 
-    Raises ValueError for arguments that do not fit together, NotImplementedError for an implementation this version lacks.
+    Raises ValueError for arguments that do not fit together, NotImplementedError for "pallas" where the kernels cannot run.
     Source: arXiv 2606.30709.
     """
-    _check(query, key, value, config, rope, rotation, query_start, implementation)
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    policy = policy_for(config, rope, query.shape[-1], scale, rotation)
+    _check(query, key, value, config, rope, rotation, query_start, key_value_seq_lengths, implementation)
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
     start, count = jnp.asarray(query_start, jnp.int32), jnp.int32(query.shape[1])
-
-    def one(q: Float[Array, "T N H"], k: Float[Array, "S K H"], v: Float[Array, "S K H"]) -> tuple[Array, Array, Stats]:
-        capacity = -(-k.shape[0] // config.chunk_size) * config.chunk_size
-        state = new_state(DeviceHistory.holding(k, v, config.group_size, capacity), k.dtype, config, policy)
-        state = summarise_new(state, jnp.int32(0), capacity, config, policy)
-        out, visible, _, stats = attend(q, start, count, state, config, policy, scale)
-        return out, visible, stats
-
-    out, visible, totals = jax.vmap(one)(query, key, value)
-    return (out, AttentionStats(visible, totals)) if return_stats else out
+    if key_value_seq_lengths is not None:
+        count = jnp.clip(jnp.asarray(key_value_seq_lengths, jnp.int32) - start, 0, count)
+    rotation = None if rotation is None else jnp.asarray(rotation, jnp.float32)
+    out, stats = _attend_batch(query, key, value, start, count, rotation, config, rope, scale, implementation)
+    return (out, stats) if return_stats else out
 
 
-def _check(query, key, value, config, rope, rotation, query_start, implementation) -> None:
+@partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9))
+def _attend_batch(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    start: Int[Array, "*starts"],
+    count: Int[Array, "*counts"],
+    rotation: Float[Array, "H H"] | None,
+    config: HGAConfig,
+    rope: RopeConfig | None,
+    scale: float,
+    implementation: Implementation | None,
+) -> tuple[Float[Array, "B T N H"], AttentionStats]:
+    """start, count: of all sequences, or one each."""
+    policy = policy_for(config, rope, query.shape[-1], scale, rotation)
+
+    def one(q: Array, k: Array, v: Array, start: Array, count: Array) -> tuple[Array, AttentionStats]:
+        out, visible, _, stats, _ = _attend(q, start, count, _whole_state(k, v, config, policy), config, policy, scale, implementation)
+        return out, AttentionStats(visible, stats)
+
+    return _each_sequence(one, query, key, value, start, count)
+
+
+def _attend(
+    query: Float[Array, "T N H"],
+    start: Int[Array, ""],
+    count: Int[Array, ""],
+    state: LayerState,
+    config: HGAConfig,
+    policy: Policy,
+    scale: float,
+    implementation: Implementation | None,
+    keep: bool = False,
+) -> tuple[Float[Array, "T N H"], Int[Array, "T N"], LayerState, Stats, Opened | None]:
+    """All blocks at once by kernels where they run, or where screening is wanted; else block by block. See blocks.attend_and_keep."""
+    reason = "the paper policy has no kernels"
+    if policy.list_pages is not None:
+        reason = unsupported(query, state.history.pages, config.chunk_size, config.group_size)
+    chosen = choose("hga prefill", implementation, reason)
+    if policy.list_pages is not None and query.shape[0] > 1 and (chosen == "pallas" or config.screening == "on"):
+        return attend_listed(query, start, count, state, config, policy, scale, chosen)
+    if keep:
+        return attend_and_keep(query, start, count, state, config, policy, scale)
+    return *attend(query, start, count, state, config, policy, scale), None
+
+
+def _attend_forward(query, key, value, start, count, rotation, config, rope, scale, implementation) -> tuple[Any, Any]:
+    policy = policy_for(config, rope, query.shape[-1], scale, rotation)
+
+    def one(q: Array, k: Array, v: Array, start: Array, count: Array) -> tuple[Array, AttentionStats, Opened]:
+        state = _whole_state(k, v, config, policy)
+        out, visible, _, stats, opened = _attend(q, start, count, state, config, policy, scale, implementation, keep=True)
+        return out, AttentionStats(visible, stats), opened
+
+    out, stats, opened = _each_sequence(one, query, key, value, start, count)
+    return (out, stats), (query, key, value, start, count, out, opened)
+
+
+def _attend_backward(config, rope, scale, implementation, kept, cotangents) -> tuple[Array, Array, Array, None, None, None]:
+    query, key, value, start, count, out, opened = kept
+    batch = query.shape[:1]
+
+    def one(item: tuple) -> tuple[Array, Array, Array]:
+        q, k, v, start, count, out, opened, d_out = item
+        return routed_attention_gradient(d_out, out, q, k, v, start, count, opened, config, scale)
+
+    starts, counts = jnp.broadcast_to(start, batch), jnp.broadcast_to(count, batch)
+    gradients = jax.lax.map(one, (query, key, value, starts, counts, out, opened, cotangents[0]))
+    return (*gradients, None, None, None)
+
+
+_attend_batch.defvjp(_attend_forward, _attend_backward)
+
+
+def _whole_state(key: Float[Array, "S K H"], value: Float[Array, "S K H"], config: HGAConfig, policy: Policy) -> LayerState:
+    """The state that holds all tokens of one sequence."""
+    capacity = -(-key.shape[0] // config.chunk_size) * config.chunk_size
+    state = new_state(DeviceHistory.holding(key, value, config.group_size, capacity), key.dtype, config, policy)
+    return summarise_new(state, jnp.int32(0), capacity, config, policy)
+
+
+def _each_sequence(one: Callable, query: Array, key: Array, value: Array, start: Array, count: Array) -> Any:
+    """`one` for every sequence: together when all have the same bounds, else one after the other, so that short ones cost less."""
+    if start.ndim == count.ndim == 0:
+        return jax.vmap(lambda *arrays: one(*arrays, start, count))(query, key, value)
+    bounds = (jnp.broadcast_to(x, query.shape[:1]) for x in (start, count))
+    return jax.lax.map(lambda item: one(*item), (query, key, value, *bounds))
+
+
+def _check(query, key, value, config, rope, rotation, query_start, lengths, implementation) -> None:
     """Say at trace time what does not fit."""
     for name, array in (("query", query), ("key", key), ("value", value)):
         if array.ndim != 4:
@@ -137,13 +234,15 @@ def _check(query, key, value, config, rope, rotation, query_start, implementatio
         raise ValueError(f"query has shape {query.shape}: at least one token is needed")
     if isinstance(query_start, int) and key.shape[1] != query_start + length:
         raise ValueError(f"key holds {key.shape[1]} tokens, but {query_start=} + {length} query tokens make {query_start + length}")
+    if jnp.ndim(query_start) and jnp.shape(query_start) != (batch,):
+        raise ValueError(f"query_start has shape {jnp.shape(query_start)}: one number, or [{batch}] of them, is needed")
+    if lengths is not None and (jnp.shape(lengths) != (batch,) or not jnp.issubdtype(lengths.dtype, jnp.integer)):
+        raise ValueError(f"key_value_seq_lengths is {lengths.dtype}{list(lengths.shape)}: integers of shape [{batch}] are needed")
     if key.shape[1] < length:
         raise ValueError(f"key holds {key.shape[1]} tokens, fewer than query's {length}: the queries' own keys belong in it")
     if rope is not None and width % 2:
         raise ValueError(f"head_dim {width} must be even for rotary embeddings")
     if rotation is not None and rotation.shape != (width, width):
         raise ValueError(f"rotation has shape {rotation.shape}: [{width}, {width}] is needed")
-    if implementation == "pallas":
-        raise NotImplementedError('implementation="pallas": there are no kernels for this function yet; use "xla" or None')
-    if implementation not in (None, "xla"):
-        raise ValueError(f'{implementation=}: choose None or "xla"')
+    if implementation not in (None, "pallas", "xla"):
+        raise ValueError(f'{implementation=}: choose None, "pallas" or "xla"')

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from hga_jax.cache import DeviceHistory
 from hga_jax.pytree import register
+from pallas_kernels.dispatch import on_cuda
 
 
 @register
@@ -70,7 +71,10 @@ class AttentionBackend(Protocol):
 
 @dataclass(frozen=True)
 class DenseAttention:
-    """Exact causal attention over the whole history, in blocks with an online softmax: no [T, S] array is ever made."""
+    """Exact causal attention over the whole history, in blocks with an online softmax: no [T, S] array is ever made.
+
+    On an NVIDIA GPU a prompt's first call goes to cuDNN's fused attention when its dtype has 16 bits, and one token attends in one step.
+    """
 
     query_block: int = 256
     key_block: int = 512
@@ -103,7 +107,17 @@ class DenseAttention:
             live = index * block + jnp.arange(block) < count
             return jnp.where(live[:, None, None], self._attend(q, state, jnp.where(live, positions, -1)), 0)
 
-        out = lax.map(one_block, (jnp.arange(blocks), padded)).reshape(blocks * block, heads, width)[:length]
+        def in_blocks(_: None) -> Array:
+            return lax.map(one_block, (jnp.arange(blocks), padded)).reshape(blocks * block, heads, width)[:length]
+
+        def fused(_: None) -> Array:
+            out = jax.nn.dot_product_attention(query[None], key[None], value[None], is_causal=True, implementation="cudnn")[0]
+            return jnp.where((jnp.arange(length) < count)[:, None, None], out, 0)
+
+        if on_cuda() and query.dtype in (jnp.bfloat16, jnp.float16) and width % 8 == 0 and width <= 128:
+            out = lax.cond(start == 0, fused, in_blocks, None)
+        else:
+            out = in_blocks(None)
         return out, state, self._stats(count, jnp.maximum(-(-count // 64), 1), state.length)
 
     def decode(
@@ -121,11 +135,14 @@ class DenseAttention:
         q = scaled.reshape(length, kv_heads, heads // kv_heads, width).transpose(1, 2, 0, 3).reshape(kv_heads, -1, width)
         rows = jnp.tile(positions, heads // kv_heads)
 
+        # A loop's turns cost more than reading unused room where launches are dear.
+        key_block = state.capacity if length == 1 and on_cuda() else self.key_block
+
         def step(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             peak, total, acc = carry
-            keys, values = state.span(i * (self.key_block // state.group_size), self.key_block // state.group_size)
+            keys, values = state.span(i * (key_block // state.group_size), key_block // state.group_size)
             scores = jnp.einsum("kqh,ksh->kqs", q, keys, preferred_element_type=jnp.float32)
-            visible = i * self.key_block + jnp.arange(self.key_block) <= rows[:, None]
+            visible = i * key_block + jnp.arange(key_block) <= rows[:, None]
             scores = jnp.where(visible, scores, -jnp.inf)
             new_peak = jnp.maximum(peak, jnp.max(scores, axis=-1))
             safe = jnp.where(jnp.isfinite(new_peak), new_peak, 0)
@@ -136,7 +153,7 @@ class DenseAttention:
 
         flat = q.shape[:2]
         empty = (jnp.full(flat, -jnp.inf, jnp.float32), jnp.zeros(flat, jnp.float32), jnp.zeros((*flat, width), jnp.float32))
-        blocks = jnp.max(positions) // self.key_block + 1
+        blocks = jnp.max(positions) // key_block + 1
         _, total, acc = lax.fori_loop(0, blocks, step, empty)
         out = acc / jnp.where(total > 0, total, 1)[..., None]
         return out.reshape(kv_heads, -1, length, width).transpose(2, 0, 1, 3).reshape(length, heads, width).astype(query.dtype)

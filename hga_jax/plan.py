@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from hga_jax.backend import AttentionBackend
 from hga_jax.config import ModelConfig
 from hga_jax.model import Decoder, weight_leaves
-from hga_jax.programs import SEGMENT, SUPER_BLOCK, padded_size
+from hga_jax.programs import SEGMENT, SUPER_BLOCK, padded_size, segment_of
 
 GIB = 2**30
 
@@ -86,7 +86,7 @@ def make_plan(config: ModelConfig, backend: AttentionBackend, ctx: int, dtype: A
             summaries += config.layers * _bytes(leaf)
     size, width = padded_size(ctx, SEGMENT, SUPER_BLOCK), jnp.dtype(dtype).itemsize
     inner = max(config.mlp_size, config.expert_size * config.experts_per_token, config.heads * config.head_dim)
-    activations = 2 * size * config.hidden_size * width + SEGMENT * inner * 4 * 4 + 2 * config.vocab_size * 4
+    activations = 2 * size * config.hidden_size * width + segment_of(size) * inner * 4 * 4 + 2 * config.vocab_size * 4
     memory, limit = _memory(device)
     return Plan(ctx, weights, history, summaries, 0, 0, activations, "device", memory, limit)
 

@@ -21,9 +21,11 @@ from jaxtyping import Array, Float, Int, Key
 from hga_jax.backend import AttentionBackend, Stats
 from hga_jax.model import Decoder, DecoderLayer
 from hga_jax.sampling import Sampling, sample
+from pallas_kernels.dispatch import on_cuda
 
 SUPER_BLOCK = 65536  # tokens that run through a layer before the next layer starts
-SEGMENT = 1024  # tokens whose projections and MLP are computed at a time: bounds activations
+SEGMENT = 1024  # tokens whose projections, attention and MLP are computed at a time: bounds activations
+SEGMENT_CUDA = 16384  # where launches are dear: long enough that a layer's few dozen cost nothing beside its work
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,11 @@ def padded_size(tokens: int, segment: int, limit: int) -> int:
     return size
 
 
+def segment_of(size: int) -> int:
+    """How many tokens of a padded super-block go through a layer at a time."""
+    return min(SEGMENT_CUDA, size) if on_cuda() else SEGMENT
+
+
 def prefill_blocks(
     decoder: Decoder,
     tokens: Int[np.ndarray, " T"],
@@ -92,23 +99,23 @@ def prefill_blocks(
     backend: AttentionBackend,
     *,
     first: int = 0,
-    segment: int = SEGMENT,
+    segment: int | None = None,
     super_block: int = SUPER_BLOCK,
     on_layer: Callable[[float], None] | None = None,
 ) -> Iterator[SuperBlock]:
     """Run tokens (positions first, first+1, ...) through all layers, super-block by super-block.
 
-    The states passed in are consumed; those of the last block yielded replace them. `on_layer` hears, after every layer, how many tokens'
-    worth of work is done.
+    The states passed in are consumed; those of the last block yielded replace them. segment None: as suits the machine. `on_layer` hears,
+    after every layer, how many tokens' worth of work is done.
     """
     for begin in range(0, len(tokens), super_block):
         part = np.asarray(tokens[begin : begin + super_block], np.int32)
-        size = padded_size(len(part), segment, super_block)
+        size = padded_size(len(part), segment or SEGMENT, super_block)
         x = _embed(decoder, jnp.asarray(np.pad(part, (0, size - len(part)))))
         stats, done = Stats.zero(), []
         for index, (layer, state) in enumerate(zip(decoder.layers, states, strict=True)):
             position, count = jnp.int32(first + begin), jnp.int32(len(part))
-            x, state, stats = prefill_layer(layer, x, position, count, state, stats, backend=backend, segment=segment)
+            x, state, stats = prefill_layer(layer, x, position, count, state, stats, backend=backend, segment=segment or segment_of(size))
             done.append(state)
             if on_layer is not None:
                 x.block_until_ready()

@@ -1,4 +1,4 @@
-"""Registering frozen dataclasses as pytrees."""
+"""Registering frozen dataclasses as pytrees, and what loops over pytrees need inside shard_map."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from dataclasses import fields
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jaxtyping import Array
 
 
 def register[Class: type](cls: Class) -> Class:
@@ -34,3 +36,13 @@ def register[Class: type](cls: Class) -> Class:
 
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
     return cls
+
+
+def varying_like(tree: Any, reference: Array) -> Any:
+    """The same values, typed inside shard_map as different on each device of the mesh axes over which `reference` is.
+
+    A loop's carry must enter with the type it leaves with, and constants are born the same everywhere. Elsewhere this does nothing.
+    """
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return tree
+    return jax.tree.map(lambda leaf: leaf + jnp.zeros_like(reference, shape=(), dtype=leaf.dtype), tree)

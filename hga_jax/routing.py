@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from hga_jax.config import HGAConfig
-from hga_jax.pytree import register
+from hga_jax.pytree import register, varying_like
 from hga_jax.sketches import KeySketches, estimated_scores
 from hga_jax.summaries import KeySums
 
@@ -57,7 +57,8 @@ def largest(scores: Float[Array, "*rows n"], count: int) -> Bool[Array, "*rows n
         enough = jnp.sum(ordered >= higher, axis=-1, keepdims=True) >= count
         return jnp.where(enough, higher, bound)
 
-    bound = lax.fori_loop(0, 32, refine, jnp.full((*scores.shape[:-1], 1), jnp.iinfo(jnp.int32).min))
+    lowest = jnp.full((*scores.shape[:-1], 1), jnp.iinfo(jnp.int32).min)
+    bound = lax.fori_loop(0, 32, refine, varying_like(lowest, scores))
     return (ordered >= bound) & (scores > -jnp.inf)
 
 
@@ -259,7 +260,7 @@ def request_by_threshold(
 
     window_mass = window_mass.reshape(kv_heads, rows)
     start = (jnp.empty((most_tiles, kv_heads, rows, step)), window_mass, jnp.ones((kv_heads, rows)))  # tiles not scanned are not read
-    scores, peak, total = lax.fori_loop(0, tiles, score, start)
+    scores, peak, total = lax.fori_loop(0, tiles, score, varying_like(start, query))
     mass_unit = peak + jnp.log(total)
     row_live = jnp.broadcast_to(live[:, None], (blocks, ratio, length)).reshape(rows)
     least = jnp.where(row_live, mass_unit + math.log(config.threshold_for(ratio)), jnp.inf)
@@ -271,7 +272,7 @@ def request_by_threshold(
         before = lax.dynamic_slice_in_dim(first, begin, step, axis=2)
         return lax.dynamic_update_slice_in_dim(first, jnp.minimum(before, asking), begin, axis=2)
 
-    first = lax.fori_loop(0, tiles, ask, jnp.full((blocks, kv_heads, total_pages), length))
+    first = lax.fori_loop(0, tiles, ask, varying_like(jnp.full((blocks, kv_heads, total_pages), length), query))
     routed_mass = jnp.where(row_live, 1 - jnp.exp(window_mass - mass_unit), 0)
     by_block = (kv_heads, blocks, ratio * length)
     scores = scores.reshape(most_tiles, *by_block, step)
@@ -348,4 +349,4 @@ def _opened_mass(
         mass = jnp.exp(requests.scores[tiles, heads, block, :, columns] - unit)  # [K, many, r]
         return total + jnp.where(seen[..., None] <= row, mass, 0).sum(1)
 
-    return lax.fori_loop(0, -(-used // many), add, jnp.zeros((len(ids), rows)))
+    return lax.fori_loop(0, -(-used // many), add, varying_like(jnp.zeros((len(ids), rows)), unit))

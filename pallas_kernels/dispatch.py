@@ -12,6 +12,11 @@ Implementation = Literal["pallas", "xla"]
 logger = logging.getLogger("hga_jax")
 
 
+def on_cuda() -> bool:
+    """Whether computations run on an NVIDIA GPU unless told otherwise."""
+    return jax.default_backend() == "gpu" and "cuda" in jax.devices()[0].client.platform_version.lower()
+
+
 def choose(operation: str, implementation: Implementation | None, unsupported: str | None) -> Implementation:
     """`unsupported` says why the kernel cannot take these arguments, None when it can. implementation None: the kernel on a CUDA GPU, else
     XLA.
@@ -20,7 +25,7 @@ def choose(operation: str, implementation: Implementation | None, unsupported: s
     """
     if implementation not in (None, "pallas", "xla"):
         raise ValueError(f"{implementation=} is not one of 'pallas', 'xla', None")
-    cuda = jax.default_backend() == "gpu" and "cuda" in jax.devices()[0].client.platform_version.lower()
+    cuda = on_cuda()
     if implementation == "pallas":
         if unsupported or not cuda:
             raise NotImplementedError(f"{operation}: {unsupported or 'the kernel needs a CUDA GPU'}; use implementation='xla'")

@@ -1,6 +1,7 @@
 """hga_attention as a function: shapes, jit, vmap, statistics, what wrong arguments get."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -84,6 +85,20 @@ def test_sequences_of_different_lengths_under_vmap():
         np.testing.assert_allclose(stats.attended[i], expected.attended, rtol=1e-6)
 
 
+def test_each_sequence_at_its_own_position():
+    """A decode step of somebody else's batch: one query each, at different positions of caches that have room for more."""
+    q, k, v = tensors(tokens=64)
+
+    @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    def run(q, k, v, start):
+        return hga_attention(q, k, v, config=CONFIG, rope=ROPE, query_start=start)
+
+    out = run(q[:, :1], k, v, jnp.array([63, 30]))
+    np.testing.assert_allclose(out[0], run(q[:1, :1], k[:1], v[:1], jnp.int32(63))[0], atol=1e-6)
+    shorter = (jnp.where(jnp.arange(64)[:, None, None] < 31, x[1:], 9) for x in (k, v))
+    np.testing.assert_allclose(out[1], run(q[1:, :1], *shorter, jnp.int32(30))[0], atol=1e-6)
+
+
 def test_statistics_count_what_was_seen():
     q, k, v = tensors(batch=1, tokens=200)
     _, stats = hga_attention(q, k, v, config=CONFIG, rope=ROPE, return_stats=True)
@@ -131,6 +146,8 @@ def test_dense_backend_agrees_when_windows_cover_everything():
         ({"v": (2, 10, 1, 16)}, "key.shape=\\(2, 10, 2, 16\\) and value.shape=\\(2, 10, 1, 16\\) differ"),
         ({"k": (1, 10, 2, 16), "v": (1, 10, 2, 16)}, "query holds 2 sequences and key 1"),
         ({"q": (2, 0, 4, 16)}, "at least one token is needed"),
+        ({"query_start": jnp.zeros(3, jnp.int32)}, "query_start has shape \\(3,\\): one number, or \\[2\\] of them, is needed"),
+        ({"key_value_seq_lengths": np.zeros(3, np.int32)}, "key_value_seq_lengths is int32\\[3\\]: integers of shape \\[2\\] are needed"),
         ({"rope": None}, "summary='mixed_rope' needs rope=RopeConfig"),
         ({"implementation": "triton"}, "implementation='triton': choose None or \"xla\""),
     ],
@@ -144,7 +161,10 @@ def test_wrong_arguments(change, message):
         jax.jit(lambda q, k, v: hga_attention(q, k, v, config=CONFIG, **more))(q, k, v)
 
 
-def test_pallas_is_refused_for_now():
+def test_kernels_asked_for_by_name_are_refused_where_they_cannot_run():
     q, k, v = tensors()
-    with pytest.raises(NotImplementedError, match="no kernels"):
+    with pytest.raises(NotImplementedError, match="paper policy has no kernels"):
         hga_attention(q, k, v, config=CONFIG, rope=ROPE, implementation="pallas")
+    if jax.default_backend() != "gpu":
+        with pytest.raises(NotImplementedError, match="needs a CUDA GPU"):
+            hga_attention(q, k, v, config=replace(CONFIG, policy="sketch"), implementation="pallas")

@@ -1,0 +1,119 @@
+"""Gradients of hga_attention: they flow through the tokens attended to, exactly; the selection, piecewise constant, has none."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference_cases import PAPER, ROPE, SKETCH, tensors
+
+from hga_jax.attention import hga_attention
+from hga_jax.reference import reference_attention
+from hga_jax.sketches import built_in_rotation
+
+QUICK = {"xla_backend_optimization_level": 0}  # every case is a program of its own: halves the time
+
+
+def loss_gradients(q, k, v, d_out, config, **more):
+    """Gradients of sum(out * d_out) of one sequence."""
+
+    def loss(q, k, v):
+        out, stats = hga_attention(q[None], k[None], v[None], config=config, rope=ROPE, return_stats=True, **more)
+        return jnp.sum(out[0].astype(jnp.float32) * d_out), stats.visible_keys[0]
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True), compiler_options=QUICK)(q, k, v)
+
+
+def masked_attention(q, k, v, visible):
+    """Attention in the arrays' own precision, numpy or JAX: q [T, N, H], k, v [S, K, H], visible [T, N, S]."""
+    ratio = q.shape[1] // k.shape[1]
+    k, v = (x.repeat(ratio, axis=1) for x in (k, v))
+    scores = (q[:, :, None] * k.swapaxes(0, 1)).sum(-1) / q.shape[-1] ** 0.5
+    weights = visible * np.e ** (scores - scores.max(-1, keepdims=True))
+    return (weights[..., None] * v.swapaxes(0, 1)).sum(2) / weights.sum(-1, keepdims=True)
+
+
+def visible_tokens(q, k, v, config, start):
+    """What the float64 oracle says every query and head sees, bool [T, N, S], and its number of visible keys."""
+    more = {"rotation": built_in_rotation(q.shape[-1])} if config.policy == "sketch" else {}
+    expected = reference_attention(q, k, v, config=config, rope=ROPE, query_start=start, **more)
+    token = np.arange(len(k))
+    position = start + np.arange(len(q))[:, None]
+    own = position // config.chunk_size * config.chunk_size
+    windows = (token < config.sink_chunks * config.chunk_size) | (token >= own - config.local_chunks * config.chunk_size)
+    opened = np.zeros((*q.shape[:2], len(k)), bool)
+    pages = expected.opened.repeat(config.group_size, axis=-1)
+    opened[..., : pages.shape[-1]] = pages
+    return (opened | windows[:, None]) & (token <= position)[:, None], expected.visible_keys
+
+
+@pytest.mark.parametrize(
+    ("config", "start"),
+    [(PAPER, 0), (SKETCH, 0), (replace(PAPER, local_chunks=0), 37), (replace(SKETCH, sink_chunks=0), 37), (SKETCH, 99)],
+    ids=["paper", "sketch", "paper-late", "sketch-late", "one-query"],
+)
+def test_gradients_are_those_of_attention_over_the_tokens_seen(config, start):
+    q, k, v = tensors(100)
+    q = q[start:]
+    random = np.random.default_rng(1)
+    d_out = random.standard_normal(q.shape)
+    gradients, visible_keys = loss_gradients(q, k, v, d_out, config, query_start=start)
+    visible, expected_keys = visible_tokens(q, k, v, config, start)
+    np.testing.assert_array_equal(visible_keys, expected_keys)
+    np.testing.assert_array_equal(visible.sum(-1), expected_keys)
+    assert start == 99 or not np.all(visible.sum(-1) == start + 1 + np.arange(len(q))[:, None])  # something is left out
+
+    # Every element against autodiff of the masked formula.
+    _, pull = jax.vjp(lambda *x: masked_attention(*x, visible), *(jnp.asarray(x) for x in (q, k, v)))
+    for ours, theirs in zip(gradients, pull(jnp.asarray(d_out, jnp.float32)), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.abs(theirs).max())
+
+    # And along random directions against float64 central differences, step 1e-5: errors of about 1e-9.
+    arrays = [x.astype(np.float64) for x in (q, k, v)]
+    for which in range(3):
+        direction = random.standard_normal(arrays[which].shape)
+        ends = []
+        for sign in (1, -1):
+            moved = list(arrays)
+            moved[which] = moved[which] + sign * 1e-5 * direction
+            ends.append((masked_attention(*moved, visible) * d_out).sum())
+        np.testing.assert_allclose((np.asarray(gradients[which], np.float64) * direction).sum(), (ends[0] - ends[1]) / 2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "dtype", "tolerance"),
+    # bfloat16 keeps 8 bits: sums over some 50 tokens of weights and scores rounded to it are good to about one per cent.
+    [({"local_chunks": 20}, jnp.float32, 1e-5), ({"threshold": 1e-9}, jnp.float32, 1e-5), ({"threshold": 1e-9}, jnp.bfloat16, 0.02)],
+    ids=["windows", "pages", "bfloat16"],
+)
+def test_full_coverage_has_dense_gradients(change, dtype, tolerance):
+    q, k, v = tensors(75)
+    d_out = np.random.default_rng(1).standard_normal(q.shape).astype(np.float32)
+    rounded = tuple(jnp.asarray(x, dtype) for x in (q, k, v))
+    gradients, _ = loss_gradients(*rounded, d_out, replace(SKETCH, **change))
+    exact = (x.astype(jnp.float32) for x in rounded)
+    dense = jax.vjp(lambda *x: jax.nn.dot_product_attention(*(y[None] for y in x), is_causal=True)[0], *exact)[1](d_out)
+    for ours, theirs in zip(gradients, dense, strict=True):
+        assert ours.dtype == dtype
+        np.testing.assert_allclose(ours.astype(jnp.float32), theirs, atol=tolerance * np.abs(theirs).max())
+
+
+def test_padding_under_checkpoint():
+    """A sequence beside a longer one has the gradients it has alone, recomputed or not; its padding has none."""
+    sequences = [tensors(40, seed=seed) for seed in (0, 1)]
+    q, k, v = (jnp.stack(x) for x in zip(*sequences, strict=True))
+    lengths, d_out = jnp.array([40, 23]), np.random.default_rng(1).standard_normal(q.shape).astype(np.float32)
+
+    def pulled(attend, *arrays, d_out):
+        out, pull = jax.vjp(attend, *arrays)
+        return out, *pull(d_out)
+
+    together = jax.checkpoint(lambda *x: hga_attention(*x, config=SKETCH, key_value_seq_lengths=lengths))
+    ours = jax.jit(partial(pulled, together), compiler_options=QUICK)(q, k, v, d_out=d_out)
+    alone = jax.jit(partial(pulled, partial(hga_attention, config=SKETCH)), compiler_options=QUICK)
+    for mine, theirs in zip(ours, alone(*(x[1:, :23] for x in (q, k, v)), d_out=d_out[1:, :23]), strict=True):
+        np.testing.assert_allclose(mine[1, :23], theirs[0], atol=1e-5)
+        assert not np.any(mine[1, 23:])
+        assert np.all(np.any(mine[0] != 0, axis=(1, 2)))
