@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from hga_jax.backend import Stats
@@ -21,7 +22,7 @@ from hga_jax.gradients import routed_attention_gradient
 from hga_jax.listed import attend_listed
 from hga_jax.policies import Policy, policy_for
 from hga_jax.pytree import register
-from pallas_kernels.dispatch import Implementation, choose
+from pallas_kernels.dispatch import Implementation, choose, on_cuda
 from pallas_kernels.sketch_prefill_routing import unsupported
 
 
@@ -64,15 +65,26 @@ class HGAAttention:
     ) -> tuple[Float[Array, "T N H"], LayerState, Stats]:
         """Append the first `count` rows (post-RoPE) and attend from each; outputs of the other rows are zero.
 
-        The tokens held need not end at a chunk boundary. Paper policy: only this call's queries share the cuts of their chunk.
+        The tokens held need not end at a chunk boundary. Paper policy: only this call's queries share the cuts of their chunk. A first call
+        of at most config.dense_below rows attends to everything and requests nothing.
         """
         scale = 1 / math.sqrt(query.shape[-1])
         policy = policy_for(self.config, self.rope, query.shape[-1], scale)
         start = state.length
         state = replace(state, history=state.history.append(key, value, count))
         state = summarise_new(state, start, key.shape[0], self.config, policy)
-        out, _, state, stats, _ = _attend(query, start, count, state, self.config, policy, scale, None)
-        return out, state, stats
+
+        def routed(_: None) -> tuple[Array, Array | None, Stats]:
+            out, _, after, stats, _ = _attend(query, start, count, state, self.config, policy, scale, None)
+            return out, after.stamps, stats
+
+        if not 1 < query.shape[0] <= self.config.dense_up_to(on_cuda()):
+            out, stamps, stats = routed(None)
+        else:
+            out, stamps, stats = lax.cond(
+                start == 0, lambda _: (*_attend_densely(query, key, value, count, state.stamps),), routed, None
+            )  # fmt: skip
+        return out, replace(state, stamps=stamps), stats
 
     def decode(
         self, query: Float[Array, "N H"], key: Float[Array, "K H"], value: Float[Array, "K H"], state: LayerState
@@ -80,6 +92,24 @@ class HGAAttention:
         """Append one token and attend from it."""
         out, state, stats = self.prefill(query[None], key[None], value[None], state, jnp.int32(1))
         return out[0], state, stats
+
+
+def _attend_densely(
+    query: Float[Array, "T N H"],
+    key: Float[Array, "T K H"],
+    value: Float[Array, "T K H"],
+    count: Int[Array, ""],
+    stamps: Int[Array, "K P"] | None,
+) -> tuple[Float[Array, "T N H"], Int[Array, "K P"] | None, Stats]:
+    """Exact causal attention of a sequence's first tokens."""
+    fused = on_cuda() and query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[2] % 8 == 0 and query.shape[2] <= 128
+    out = jax.nn.dot_product_attention(
+        query[None], key[None], value[None], is_causal=True, implementation="cudnn" if fused else "xla"
+    )[0]  # fmt: skip
+    queries, zero = count.astype(jnp.float32), jnp.float32(0)
+    blocks = (-(-count // 64)).astype(jnp.float32)
+    stats = Stats(queries, queries, blocks, blocks * queries, blocks, zero, zero)
+    return jnp.where((jnp.arange(query.shape[0]) < count)[:, None, None], out, 0), stamps, stats
 
 
 def hga_attention(

@@ -128,3 +128,18 @@ def test_sketch_policy_by_page_lists_gives_the_golden(implementation):
         out, visible = run(q, k, v, HGAAttention(config).init_state(len(q), *k.shape[1:], jnp.float32))
     np.testing.assert_array_equal(visible, data["visible_keys"])
     np.testing.assert_allclose(out, data["out"], atol=TOLERANCE)
+
+
+def test_short_prompts_can_attend_densely():
+    """The first call sees everything; what follows is routed."""
+    q, k, v = tensors(160)
+    backend = HGAAttention(replace(CONFIG, dense_below=128))
+    run, state = jax.jit(backend.prefill), backend.init_state(256, 2, 16, jnp.float32)
+    out, state, stats = run(*(x[:128] for x in (q, k, v)), state, jnp.int32(120))
+    expected = jax.nn.dot_product_attention(q[None, :120], k[None, :120], v[None, :120], is_causal=True)[0]
+    np.testing.assert_allclose(out[:120], expected, atol=1e-5)
+    assert not np.any(out[120:])
+    assert stats.attended == stats.queries == 120
+    later, _, stats = run(*(jnp.pad(x[120:], ((0, 88), (0, 0), (0, 0))) for x in (q, k, v)), state, jnp.int32(40))
+    assert np.all(np.isfinite(later))
+    assert 10 < stats.attended < 40
