@@ -6,23 +6,26 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from hga_jax.backend import Stats
+from hga_jax import decoding
+from hga_jax.backend import AttentionBackend, Stats
 from hga_jax.blocks import LayerState, Opened, attend, attend_and_keep, new_state, summarise_new
-from hga_jax.cache import DeviceHistory
+from hga_jax.cache import DeviceHistory, HostHistory
+from hga_jax.cache.window import window_places
 from hga_jax.config import HGAConfig, RopeConfig
+from hga_jax.decoding import How, close_chunk, decode_token
 from hga_jax.gradients import routed_attention_gradient
 from hga_jax.listed import attend_listed
 from hga_jax.policies import Policy, policy_for
 from hga_jax.pytree import register
+from pallas_kernels import sketch_prefill_routing
 from pallas_kernels.dispatch import Implementation, choose
-from pallas_kernels.sketch_prefill_routing import unsupported
 
 
 @register
@@ -35,10 +38,13 @@ class AttentionStats:
 
 
 @dataclass(frozen=True)
-class HGAAttention:
+class HGAAttention(AttentionBackend):
     """Hierarchical global attention as the decoder's attention backend: settings only.
 
     rope: the model's, needed by the paper policy's "mixed_rope" summaries.
+    tier: where the history lives, "device" or "host". bank_pages: with the host tier and the sketch policy, pages of each layer and kv head
+    kept on the device. implementation: of decoding, None (kernels on a CUDA GPU, XLA elsewhere), "pallas", "xla", or "interpret": the
+    kernels in Pallas' interpreter, for tests.
 
     With the sketch policy any split of a prompt into prefill calls and decode steps gives the same result. With the paper policy the new
     queries of a chunk share their cuts, so results depend on the split inside the chunk where a call starts or ends.
@@ -46,12 +52,27 @@ class HGAAttention:
 
     config: HGAConfig
     rope: RopeConfig | None = None
+    tier: Literal["device", "host"] = "device"
+    bank_pages: int = 0
+    implementation: Literal["pallas", "xla", "interpret"] | None = None
+
+    def __post_init__(self):
+        if self.tier not in ("device", "host"):
+            raise ValueError(f"tier={self.tier!r}: choose device or host")
+        if self.bank_pages and (self.tier != "host" or self.config.policy != "sketch"):
+            raise ValueError(
+                f"bank_pages={self.bank_pages} needs tier='host' and policy='sketch' (whose stamps say which pages are old), not "
+                f"tier={self.tier!r} and policy={self.config.policy!r}"
+            )
 
     def init_state(self, capacity: int, kv_heads: int, head_dim: int, dtype: Any) -> LayerState:
         """An empty state with room for `capacity` tokens, rounded up to whole chunks."""
         policy = policy_for(self.config, self.rope, head_dim, 1 / math.sqrt(head_dim))
         capacity = -(-capacity // self.config.chunk_size) * self.config.chunk_size
-        history = DeviceHistory.create(capacity, kv_heads, head_dim, self.config.group_size, dtype)
+        if self.tier == "host":
+            history = HostHistory.create(capacity, kv_heads, head_dim, dtype, self.config, self.bank_pages)
+        else:
+            history = DeviceHistory.create(capacity, kv_heads, head_dim, self.config.group_size, dtype)
         return new_state(history, dtype, self.config, policy)
 
     def prefill(
@@ -71,15 +92,110 @@ class HGAAttention:
         start = state.length
         state = replace(state, history=state.history.append(key, value, count))
         state = summarise_new(state, start, key.shape[0], self.config, policy)
-        out, _, state, stats, _ = _attend(query, start, count, state, self.config, policy, scale, None)
+        implementation = None if self.implementation == "interpret" else self.implementation
+        out, _, state, stats, _ = _attend(query, start, count, state, self.config, policy, scale, implementation)
         return out, state, stats
 
     def decode(
-        self, query: Float[Array, "N H"], key: Float[Array, "K H"], value: Float[Array, "K H"], state: LayerState
+        self,
+        query: Float[Array, "N H"],
+        key: Float[Array, "K H"],
+        value: Float[Array, "K H"],
+        state: LayerState,
+        position: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "N H"], LayerState, Stats]:
-        """Append one token and attend from it."""
-        out, state, stats = self.prefill(query[None], key[None], value[None], state, jnp.int32(1))
-        return out[0], state, stats
+        """Append one token and attend from it. `settle` is due when a chunk is full."""
+        held = state.length
+        position = held if position is None else position
+        how = self._how(state, *query.shape)
+        if how is None:
+            state = replace(state, history=replace(state.history, length=position))
+            out, state, stats = self.prefill(query[None], key[None], value[None], state, jnp.int32(1))
+            out = out[0]
+        else:
+            out, state, stats = decode_token(query, key, value, state, position, self.config, 1 / math.sqrt(query.shape[-1]), how)
+        return out, replace(state, history=replace(state.history, length=None if held is None else position + 1)), stats
+
+    def _how(self, state: LayerState, heads: int, head_dim: int) -> How | None:
+        """Which operations decode: None is the block code of prefill, the fastest on the device tier without kernels."""
+        if self.implementation == "interpret":
+            return How("pallas", interpret=True)
+        reason = decoding.unsupported(self.config, heads, state.history.kv_heads, state.history.capacity, head_dim)
+        chosen = choose("decoding", self.implementation, reason)
+        if chosen == "xla" and isinstance(state.history, DeviceHistory):
+            return None
+        if chosen == "xla" and jax.default_backend() != "cpu":
+            raise NotImplementedError(f"tier='host' needs the decode kernels on {jax.default_backend()}: {reason or 'they need CUDA'}")
+        return How(chosen)
+
+    @property
+    def settle_every(self) -> int:
+        return self.config.chunk_size
+
+    def start_decoding(self, state: LayerState) -> LayerState:
+        """The position is common to all layers: carried once, it costs no launch a layer."""
+        history = state.history.typed() if isinstance(state.history, HostHistory) else state.history
+        return replace(state, history=replace(history, length=None))
+
+    def settle(self, state: LayerState, held: Int[Array, ""]) -> LayerState:
+        """Summarise the newest chunk and write its pages to the host tier, where `decode` left that to do."""
+        history = state.history
+        heads = history.kv_heads if state.marks is None else 1
+        how = self._how(state, heads, history.head_dim)
+        if how is None:
+            return state
+        policy = policy_for(self.config, self.rope, history.head_dim, 1 / math.sqrt(history.head_dim))
+        return close_chunk(state, held, self.config, policy, how)
+
+    def finish_decoding(self, state: LayerState, held: Int[Array, ""]) -> LayerState:
+        """Undo `start_decoding`."""
+        return replace(state, history=replace(state.history, length=held))
+
+    def prefill_buffer(self, state: LayerState) -> Float[Array, "K P 2 g H"] | None:
+        """Pages on the device for one layer at a time (host tier only)."""
+        if not isinstance(state.history, HostHistory):
+            return None
+        return jnp.zeros(state.history.pages.shape, state.history.pages.dtype)
+
+    def load(self, state: LayerState, buffer: Float[Array, "K P 2 g H"] | None, held: int) -> LayerState:
+        """The state with its history in the buffer; older pages are copied there in bulk, far faster than gathering them block by block."""
+        if buffer is None:
+            return state
+        if held:
+            how = self._how(state, state.history.kv_heads, state.history.head_dim)
+            buffer = _read_pages(buffer, state.history, jnp.int32(held), how)
+        return replace(state, history=DeviceHistory(buffer, jnp.int32(held)))
+
+    def unload(
+        self, state: LayerState, worked: LayerState, held: int, end: int, most: int
+    ) -> tuple[LayerState, Float[Array, "K P 2 g H"] | None]:
+        """The pages written since `held` tokens go home to the host, the windows are taken anew."""
+        if not isinstance(state.history, HostHistory):
+            return worked, None
+        buffer = worked.history.pages
+        how = self._how(state, state.history.kv_heads, state.history.head_dim)
+        most = min(most // self.config.group_size + 1, buffer.shape[1])
+        history = _write_pages(state.history, buffer, jnp.int32(held), jnp.int32(end), config=self.config, most=most, how=how)
+        return replace(worked, history=history), buffer
+
+
+@partial(jax.jit, static_argnames="how", donate_argnames="buffer")
+def _read_pages(buffer: Float[Array, "K P 2 g H"], history: HostHistory, held: Int[Array, ""], how: How) -> Float[Array, "K P 2 g H"]:
+    return history.typed().read_into(buffer, held, buffer.shape[1], how.settings())
+
+
+@partial(jax.jit, static_argnames=("config", "most", "how"), donate_argnames="history")
+def _write_pages(
+    history: HostHistory,
+    source: Float[Array, "K P 2 g H"],
+    held: Int[Array, ""],
+    end: Int[Array, ""],
+    *,
+    config: HGAConfig,
+    most: int,
+    how: How,
+) -> HostHistory:
+    return history.typed().with_pages_written(source, held, end, most, window_places(end, config), how.settings())
 
 
 def hga_attention(
@@ -164,7 +280,7 @@ def _attend(
     """All blocks at once by kernels where they run, or where screening is wanted; else block by block. See blocks.attend_and_keep."""
     reason = "the paper policy has no kernels"
     if policy.list_pages is not None:
-        reason = unsupported(query, state.history.pages, config.chunk_size, config.group_size)
+        reason = sketch_prefill_routing.unsupported(query, state.history.pages, config.chunk_size, config.group_size)
     chosen = choose("hga prefill", implementation, reason)
     if policy.list_pages is not None and query.shape[0] > 1 and (chosen == "pallas" or config.screening == "on"):
         return attend_listed(query, start, count, state, config, policy, scale, chosen)

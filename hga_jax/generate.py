@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
     from hga_jax.config import HGAConfig, parse_threshold
     from hga_jax.language_model import make_backend
     from hga_jax.loading import default_dtype, load_model, locate_model
-    from hga_jax.plan import make_plan
+    from hga_jax.plan import place_history
 
     choose_device(jax, options.device)
     use_compilation_cache(jax)
@@ -94,7 +94,7 @@ def run(options: argparse.Namespace) -> int:
     dtype = jnp.dtype(options.dtype) if options.dtype else default_dtype()
 
     def plan_for(config: Any, dtype: Any) -> Any:
-        return make_plan(config, make_backend(options.attention, config, hga), options.ctx, dtype)
+        return place_history(config, make_backend(options.attention, config, hga), options.ctx, dtype, options.kv_store)[1]
 
     if options.plan:
         from convert import read_config

@@ -14,6 +14,7 @@ import numpy as np
 from hga_jax import programs
 from hga_jax.attention import HGAAttention
 from hga_jax.backend import AttentionBackend, DenseAttention, Stats
+from hga_jax.plan import purpose
 from hga_jax.sampling import Sampling
 from hga_jax.text.streaming import TextStream
 
@@ -74,9 +75,7 @@ class Generation:
     ) -> GenerateResult:
         model, decoder = self.model, self.model.params
         states = programs.new_states(decoder, self.backend, self.ctx, model.dtype)
-        history_bytes = sum(
-            x.nbytes for path, x in jax.tree_util.tree_leaves_with_path(states) if any(getattr(p, "name", "") == "pages" for p in path)
-        )
+        history_bytes = sum(x.nbytes for path, x in jax.tree_util.tree_leaves_with_path(states) if purpose(path) == "history")
         begin = time.perf_counter()
         first, states, prefill_stats = self._prefill(states, on_prefill)
         prefill_seconds = time.perf_counter() - begin
@@ -118,7 +117,7 @@ class Generation:
             decode_attended_fraction=decode_attended, decode_fetched_fraction=decode_fetched,
             unopened_mass=unopened_mass(self.backend, prefill_stats + decode_stats),
             refused_pages=float(prefill_stats.refused + decode_stats.refused),
-            bank_hit_rate=None, history_tier=tier, history_bytes=history_bytes, device_peak_bytes=peak_bytes(),
+            bank_hit_rate=bank_hit_rate(decode_stats), history_tier=tier, history_bytes=history_bytes, device_peak_bytes=peak_bytes(),
             host_history_bytes=history_bytes if tier == "host" else 0, disk_history_bytes=0, rope_scaling=scaling_note,
         )  # fmt: skip
 
@@ -158,6 +157,11 @@ def fractions(stats: Stats) -> tuple[float | None, float | None]:
     """(attended, fetched) fractions of accumulated stats; None where nothing was counted."""
     queries, blocks = float(stats.queries), float(stats.blocks)
     return (float(stats.attended) / queries if queries else None), (float(stats.fetched) / blocks if blocks else None)
+
+
+def bank_hit_rate(stats: Stats) -> float | None:
+    """The share of wanted pages that decode found in the device's bank; None where there was no bank."""
+    return float(stats.bank_hits) / float(stats.bank_requests) if float(stats.bank_requests) else None
 
 
 def unopened_mass(backend: AttentionBackend, stats: Stats) -> float | None:

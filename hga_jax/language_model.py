@@ -14,11 +14,10 @@ from jaxtyping import Array, Float, Int
 from hga_jax import programs
 from hga_jax.attention import HGAAttention
 from hga_jax.backend import AttentionBackend, DenseAttention, Stats
-from hga_jax.cache.tiers import choose_tier
 from hga_jax.config import HGAConfig, ModelConfig, RopeConfig
 from hga_jax.generation import GenerateResult, Generation
 from hga_jax.model import Decoder
-from hga_jax.plan import make_plan
+from hga_jax.plan import place_history
 from hga_jax.rope import resolve_rope
 from hga_jax.sampling import Sampling
 from hga_jax.text.chat import render_chat
@@ -147,9 +146,9 @@ class LanguageModel:
                 on_text=on_text, on_prefill=on_prefill, on_notice=on_notice,
             )  # fmt: skip
         backend = make_backend(attention, self.config, hga)
-        tier = choose_tier(kv_store)
-        make_plan(self.config, backend, ctx, self.dtype).check()
-        return Generation(self, backend, ids, ctx, sampling, seed, stop).run(max_new_tokens, tier, scaling_note, on_text, on_prefill)
+        backend, plan = place_history(self.config, backend, ctx, self.dtype, kv_store)
+        plan.check()
+        return Generation(self, backend, ids, ctx, sampling, seed, stop).run(max_new_tokens, plan.tier, scaling_note, on_text, on_prefill)
 
     def encode_prompt(self, prompt: str | Sequence[int] | np.ndarray, chat: bool | None = None) -> Int[np.ndarray, " T"]:
         """Token ids of a prompt, chat template applied to text when the checkpoint has one and chat is not False. Raises ValueError."""

@@ -109,7 +109,7 @@ class Attention(nnx.Module):
         self, x: Float[Array, " D"], position: Int[Array, ""], state: Any, backend: AttentionBackend
     ) -> tuple[Float[Array, " D"], Any, Stats]:
         q, k, v = self.project(x[None], position[None])
-        out, state, stats = backend.decode(q[0], k[0], v[0], state)
+        out, state, stats = backend.decode(q[0], k[0], v[0], state, position)
         return self.o(out.reshape(-1)), state, stats
 
 

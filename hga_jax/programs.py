@@ -108,6 +108,7 @@ def prefill_blocks(
     The states passed in are consumed; those of the last block yielded replace them. segment None: as suits the machine. `on_layer` hears,
     after every layer, how many tokens' worth of work is done.
     """
+    buffer = backend.prefill_buffer(states[0])
     for begin in range(0, len(tokens), super_block):
         part = np.asarray(tokens[begin : begin + super_block], np.int32)
         size = padded_size(len(part), segment or SEGMENT, super_block)
@@ -115,7 +116,9 @@ def prefill_blocks(
         stats, done = Stats.zero(), []
         for index, (layer, state) in enumerate(zip(decoder.layers, states, strict=True)):
             position, count = jnp.int32(first + begin), jnp.int32(len(part))
-            x, state, stats = prefill_layer(layer, x, position, count, state, stats, backend=backend, segment=segment or segment_of(size))
+            worked = backend.load(state, buffer, first + begin)
+            x, worked, stats = prefill_layer(layer, x, position, count, worked, stats, backend=backend, segment=segment or segment_of(size))
+            state, buffer = backend.unload(state, worked, first + begin, first + begin + len(part), size)
             done.append(state)
             if on_layer is not None:
                 x.block_until_ready()
@@ -157,23 +160,39 @@ def decode_tokens(
 ) -> tuple[Int[Array, " room"], Int[Array, ""], tuple[Any, ...], Stats]:
     """Feed `token` and draw up to `wanted` <= room new tokens, stopping after one of `stop_ids`. No host round trip in between.
 
+    The loop over tokens is cut where a chunk is full, so that closing it (`AttentionBackend.settle`) needs no branch in every layer.
+
     Returns the new tokens (the first `made` count), made, states and stats. The last new token has not been fed yet. Draws depend on the
     key and the position alone, so the text does not depend on how many tokens a dispatch makes.
     """
 
     def more(carry: tuple) -> Array:
-        _, last, made, _, _ = carry
+        _, last, made, _, _, _ = carry
         return (made < wanted) & ~((made > 0) & jnp.isin(last, stop_ids))
 
     def step(carry: tuple) -> tuple:
-        out, last, made, states, stats = carry
+        out, last, made, _, states, stats = carry
         logits, states, add = decode_step(decoder, last, position + made, states, backend)
         last = sample(logits, sampling, jax.random.fold_in(key, position + made))
-        return out.at[made].set(last), last, made + 1, states, stats + add
+        full = jnp.bool(False) if backend.settle_every is None else (position + made + 1) % backend.settle_every == 0
+        return out.at[made].set(last), last, made + 1, full, states, stats + add
 
-    start = (jnp.zeros(room, jnp.int32), token, jnp.int32(0), states, Stats.zero())
-    out, _, made, states, stats = lax.while_loop(more, step, start)
-    return out, made, states, stats
+    def chunk(carry: tuple) -> tuple:
+        out, last, made, _, states, stats = carry
+        carry = (out, last, made, jnp.bool(False), states, stats)
+        out, last, made, full, states, stats = lax.while_loop(lambda carry: more(carry) & ~carry[3], step, carry)
+        states = tuple(_settle(state, position + made, backend=backend) for state in states)
+        return out, last, made, full, states, stats
+
+    states = tuple(backend.start_decoding(state) for state in states)
+    start = (jnp.zeros(room, jnp.int32), token, jnp.int32(0), jnp.bool(False), states, Stats.zero())
+    out, _, made, _, states, stats = lax.while_loop(more, chunk, start)
+    return out, made, tuple(backend.finish_decoding(state, position + made) for state in states), stats
+
+
+@partial(jax.jit, static_argnames="backend")
+def _settle(state: Any, held: Array, *, backend: AttentionBackend) -> Any:
+    return backend.settle(state, held)
 
 
 first_token = jax.jit(lambda logits, sampling, key, position: sample(logits, sampling, jax.random.fold_in(key, position)))

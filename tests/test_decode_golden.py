@@ -46,7 +46,9 @@ def test_every_token_sees_the_golden_keys(run):
         used = jnp.where(slot < sinks * in_chunk, slot < first, page < (own + 1) * in_chunk)
         valid = jnp.where(used, jnp.clip(token + 1 - page * group, 0, group), 0)
         window = store[:, jnp.clip(page, 0, store.shape[1] - 1)]
-        part, columns = decode.window_attention(query, window, valid, scale=scale, rotation=jnp.asarray(rotation), config=attention, **how)
+        part, columns, _ = decode.window_attention(
+            query, window, valid, scale=scale, rotation=jnp.asarray(rotation), config=attention, **how
+        )
         pages = sketch.sketch_routing(
             columns, means, codes, scales, stamps, part.stats, own, sink_chunks=sinks, local_chunks=local, group_size=group,
             threshold=meta["threshold"], capacity=128, scale=scale, config=routing, **how,

@@ -162,7 +162,7 @@ def test_dense_backend_agrees_when_windows_cover_everything():
         ({"query_start": jnp.zeros(3, jnp.int32)}, "query_start has shape \\(3,\\): one number, or \\[2\\] of them, is needed"),
         ({"key_value_seq_lengths": np.zeros(3, np.int32)}, "key_value_seq_lengths is int32\\[3\\]: integers of shape \\[2\\] are needed"),
         ({"rope": None}, "summary='mixed_rope' needs rope=RopeConfig"),
-        ({"implementation": "triton"}, 'implementation=\'triton\': choose None, "pallas" or "xla"'),
+        ({"implementation": "triton"}, "implementation='triton': choose None, \"pallas\" or \"xla\""),
     ],
     ids=lambda x: str(x) if isinstance(x, dict) else "",
 )

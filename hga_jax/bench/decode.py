@@ -133,7 +133,7 @@ def layer_step(case: Case, query, rotation, layer: dict, state: dict, store, con
         jnp.arange(WINDOW_PAGES) <= WINDOW_PAGES - CHUNK // GROUP
     )
     ids, counts, seen_by = layer["ids"], layer["counts"], None
-    windows, columns = routed_decode_attention.window_attention(
+    windows, columns, _ = routed_decode_attention.window_attention(
         query, layer["window"], valid, scale=case.scale, rotation=rotation if case.policy == "sketch" else None, **attention
     )
     if case.route and case.policy == "sketch":

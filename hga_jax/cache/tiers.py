@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import jax
 
-
-def choose_tier(kv_store: str) -> str:
-    """The tier that a --kv-store value asks for, or a clear refusal."""
-    if kv_store in ("auto", "device"):
-        return "device"
-    if kv_store == "host" and jax.default_backend() == "cpu":
-        return "host"  # on a CPU the device's memory is the host's
-    raise ValueError(f"--kv-store {kv_store} is not supported in this version on {jax.default_backend()}: use auto or device")
+def choose_tier(kv_store: str, device_fits: bool = True) -> str:
+    """The tier that a --kv-store value asks for ("auto": the device when the plan fits there, else the host), or a clear refusal."""
+    if kv_store == "auto":
+        return "device" if device_fits else "host"
+    if kv_store in ("device", "host"):
+        return kv_store
+    raise ValueError(f"--kv-store {kv_store} is not supported in this version: use auto, device or host")

@@ -19,11 +19,13 @@ class Pages(NamedTuple):
     """stamps [K, P]: the last chunk in which a page was requested.
 
     ids [K, M]: visible pages, ascending, the first counts[:, 0] valid.
-    counts [K, 2]: pages listed, requests refused for lack of room."""
+    counts [K, 2]: pages listed, requests refused for lack of room.
+    unopened [K, G]: share of each head's attention mass that lies in pages not listed, by the same estimate."""
 
     stamps: Int[Array, "K P"]
     ids: Int[Array, "K M"]
     counts: Int[Array, "K 2"]
+    unopened: Float[Array, "K G"]
 
 
 class QueryColumns(NamedTuple):

@@ -200,6 +200,7 @@ def _select_kernel(
     stamps_out_ref,  # [K, P] i32 device, the same buffer as stamps_ref
     ids_ref,  # [K, M] i32 device, out
     counts_ref,  # [K, 2] i32 device, out: pages listed, requests refused
+    unopened_ref,  # [K, G] f32 device, out: estimated share of the mass that lies in pages not listed
     *,
     pages_per_chunk: int,
     threshold: float,
@@ -236,7 +237,8 @@ def _select_kernel(
     peak = jnp.maximum(peak_a, peak_b)
     safe = jnp.where(peak > -jnp.inf, peak, 0)
     total = total_a * jnp.exp(peak_a - safe) + total_b * jnp.exp(peak_b - safe)
-    bound = jnp.where(head < heads, safe + jnp.log(jnp.where(total > 0, total, 1)) + math.log(threshold), jnp.inf)
+    unit = safe + jnp.log(jnp.where(total > 0, total, 1))  # exp(score - unit) is a page's share of the mass
+    bound = jnp.where(head < heads, unit + math.log(threshold), jnp.inf)
     steps = (jnp.maximum(end, 1) + step - 1) // step
 
     def count_seen(i, seen):
@@ -244,7 +246,7 @@ def _select_kernel(
         stamps = plgpu.load(stamps_ref.at[k, page], mask=page < end, other=-2)
         return seen + jnp.sum((stamps >= own - 1).astype(jnp.int32))
 
-    def decide(loaded, listed, fresh_before, room):
+    def decide(loaded, listed, fresh_before, room, unopened):
         page, stamps, middle, scores = loaded
         wanted = jnp.max((scores >= bound[None, :]).astype(jnp.int32), axis=1) * middle.astype(jnp.int32)
         seen = (stamps >= own - 1).astype(jnp.int32)
@@ -261,15 +263,19 @@ def _select_kernel(
         put = (visible > 0) & (rank < capacity)
         plgpu.store(ids_ref.at[k, jnp.where(put, rank, capacity)], page, mask=put)
         counts = jnp.sum(visible + (fresh << 16))
-        return listed + (counts & 0xFFFF), fresh_before + (counts >> 16), room
+        unopened += jnp.sum(jnp.where((visible > 0)[:, None], 0.0, jnp.exp(scores - unit[None, :])), axis=0)
+        return listed + (counts & 0xFFFF), fresh_before + (counts >> 16), room, unopened
 
+    start = (jnp.int32(0), jnp.int32(0))
     if one_step:
-        listed, fresh, room = decide(everything, jnp.int32(0), jnp.int32(0), None)
+        listed, fresh, room, unopened = decide(everything, *start, None, jnp.zeros((padded,), jnp.float32))
     else:
         room = jnp.maximum(capacity - lax.fori_loop(0, steps, count_seen, jnp.int32(0)), 0)
-        listed, fresh, room = lax.fori_loop(0, steps, lambda i, c: decide(load_step(i), *c), (jnp.int32(0), jnp.int32(0), room))
+        carry = (*start, room, jnp.zeros((padded,), jnp.float32))
+        listed, fresh, room, unopened = lax.fori_loop(0, steps, lambda i, c: decide(load_step(i), *c), carry)
     counts_ref[k, 0] = jnp.minimum(listed, capacity)
     counts_ref[k, 1] = jnp.maximum(fresh - room, 0)
+    plgpu.store(unopened_ref.at[k, head], unopened, mask=head < heads)
 
 
 def select(
@@ -284,8 +290,8 @@ def select(
     capacity: int,
     config: Config,
     interpret: bool,
-) -> tuple[Int[Array, "K P"], Int[Array, "K M"], Int[Array, "K 2"]]:
-    """Stamps with this token's requests (in place), the visible pages in ascending order, and [listed, refused] a kv head."""
+) -> tuple[Int[Array, "K P"], Int[Array, "K M"], Int[Array, "K 2"], Float[Array, "K G"]]:
+    """Stamps with this token's requests (in place), the visible pages in ascending order, [listed, refused] a kv head, unopened mass."""
     kv_heads, pages, _ = scores.shape
     check_offsets(scores=scores)
     kernel = partial(_select_kernel, pages_per_chunk=pages_per_chunk, threshold=threshold, heads=window.shape[3], config=config)
@@ -293,11 +299,12 @@ def select(
         kernel,
         grid=(kv_heads,),
         in_specs=[pl.no_block_spec] * 5,
-        out_specs=[pl.no_block_spec] * 3,
+        out_specs=[pl.no_block_spec] * 4,
         out_shape=[
             jax.ShapeDtypeStruct((kv_heads, pages), jnp.int32),
             jax.ShapeDtypeStruct((kv_heads, capacity), jnp.int32),
             jax.ShapeDtypeStruct((kv_heads, 2), jnp.int32),
+            jax.ShapeDtypeStruct((kv_heads, window.shape[3]), jnp.float32),
         ],
         input_output_aliases={3: 0},
         compiler_params=plgpu.CompilerParams(num_warps=config.select_warps, num_stages=1),

@@ -45,8 +45,8 @@ def select(
     pages_per_chunk: int,
     threshold: float,
     capacity: int,
-) -> tuple[Int[Array, "K P"], Int[Array, "K M"], Int[Array, "K 2"]]:
-    """Threshold, stamps, page list; see kernel.select."""
+) -> tuple[Int[Array, "K P"], Int[Array, "K M"], Int[Array, "K 2"], Float[Array, "K G"]]:
+    """Threshold, stamps, page list, unopened mass; see kernel.select."""
     own = middle[2]
     windows = jax.nn.logsumexp(window[:, :, 0], axis=1, b=window[:, :, 1])
     total = jnp.logaddexp(jax.nn.logsumexp(scores, axis=-1), windows)
@@ -61,4 +61,5 @@ def select(
     rank = jnp.where(visible, jnp.cumsum(visible, axis=1) - 1, capacity)
     ids = jax.vmap(lambda r: jnp.zeros((capacity,), jnp.int32).at[r].set(page, mode="drop"))(rank)
     listed, refused = jnp.minimum(visible.sum(1), capacity), jnp.maximum(fresh.sum(1) - room[:, 0], 0)
-    return stamps, ids, jnp.stack([listed, refused], axis=1).astype(jnp.int32)
+    unopened = jnp.where(visible[:, None], 0, jnp.exp(scores - total[..., None])).sum(-1)
+    return stamps, ids, jnp.stack([listed, refused], axis=1).astype(jnp.int32), unopened
