@@ -11,21 +11,21 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from hga_jax import decoding
 from hga_jax.backend import AttentionBackend, Stats
 from hga_jax.blocks import LayerState, Opened, attend, attend_and_keep, new_state, summarise_new
 from hga_jax.cache import DeviceHistory, HostHistory
 from hga_jax.cache.window import window_places
 from hga_jax.config import HGAConfig, RopeConfig
-from hga_jax.decoding import How, close_chunk, decode_token
+from hga_jax.decoding import How, cannot_decode, carried_pages, close_chunk, decode_token
 from hga_jax.gradients import routed_attention_gradient
 from hga_jax.listed import attend_listed
 from hga_jax.policies import Policy, policy_for
 from hga_jax.pytree import register
-from pallas_kernels import sketch_prefill_routing
-from pallas_kernels.dispatch import Implementation, choose
+from pallas_kernels.dispatch import Implementation, choose, on_cuda
+from pallas_kernels.sketch_prefill_routing import unsupported
 
 
 @register
@@ -85,7 +85,8 @@ class HGAAttention(AttentionBackend):
     ) -> tuple[Float[Array, "T N H"], LayerState, Stats]:
         """Append the first `count` rows (post-RoPE) and attend from each; outputs of the other rows are zero.
 
-        The tokens held need not end at a chunk boundary. Paper policy: only this call's queries share the cuts of their chunk.
+        The tokens held need not end at a chunk boundary. Paper policy: only this call's queries share the cuts of their chunk. A first call
+        of at most config.dense_below rows attends to everything and requests nothing.
         """
         scale = 1 / math.sqrt(query.shape[-1])
         policy = policy_for(self.config, self.rope, query.shape[-1], scale)
@@ -93,8 +94,19 @@ class HGAAttention(AttentionBackend):
         state = replace(state, history=state.history.append(key, value, count))
         state = summarise_new(state, start, key.shape[0], self.config, policy)
         implementation = None if self.implementation == "interpret" else self.implementation
-        out, _, state, stats, _ = _attend(query, start, count, state, self.config, policy, scale, implementation)
-        return out, state, stats
+
+        def routed(_: None) -> tuple[Array, Array | None, Stats]:
+            out, _, after, stats, _ = _attend(query, start, count, state, self.config, policy, scale, implementation)
+            return out, after.stamps, stats
+
+        def dense(_: None) -> tuple[Array, Array | None, Stats]:
+            return _attend_densely(query, key, value, count, state.stamps)
+
+        if 1 < query.shape[0] <= self.config.dense_up_to(_fits_cudnn(query)):
+            out, stamps, stats = lax.cond(start == 0, dense, routed, None)
+        else:
+            out, stamps, stats = routed(None)
+        return out, replace(state, stamps=stamps), stats
 
     def decode(
         self,
@@ -120,7 +132,7 @@ class HGAAttention(AttentionBackend):
         """Which operations decode: None is the block code of prefill, the fastest on the device tier without kernels."""
         if self.implementation == "interpret":
             return How("pallas", interpret=True)
-        reason = decoding.unsupported(self.config, heads, state.history.kv_heads, state.history.capacity, head_dim)
+        reason = cannot_decode(self.config, heads, state.history.kv_heads, state.history.capacity, head_dim)
         chosen = choose("decoding", self.implementation, reason)
         if chosen == "xla" and isinstance(state.history, DeviceHistory):
             return None
@@ -132,16 +144,17 @@ class HGAAttention(AttentionBackend):
     def settle_every(self) -> int:
         return self.config.chunk_size
 
-    def start_decoding(self, state: LayerState) -> LayerState:
+    def start_decoding(self, state: LayerState, held: Int[Array, ""]) -> LayerState:
         """The position is common to all layers: carried once, it costs no launch a layer."""
         history = state.history.typed() if isinstance(state.history, HostHistory) else state.history
-        return replace(state, history=replace(history, length=None))
+        how = self._how(state, history.kv_heads, history.head_dim)
+        carried = None if how is None else carried_pages(state, held, self.config, how)
+        return replace(state, history=replace(history, length=None), carried=carried)
 
     def settle(self, state: LayerState, held: Int[Array, ""]) -> LayerState:
         """Summarise the newest chunk and write its pages to the host tier, where `decode` left that to do."""
         history = state.history
-        heads = history.kv_heads if state.marks is None else 1
-        how = self._how(state, heads, history.head_dim)
+        how = self._how(state, history.kv_heads, history.head_dim)
         if how is None:
             return state
         policy = policy_for(self.config, self.rope, history.head_dim, 1 / math.sqrt(history.head_dim))
@@ -149,7 +162,7 @@ class HGAAttention(AttentionBackend):
 
     def finish_decoding(self, state: LayerState, held: Int[Array, ""]) -> LayerState:
         """Undo `start_decoding`."""
-        return replace(state, history=replace(state.history, length=held))
+        return replace(state, history=replace(state.history, length=held), carried=None)
 
     def prefill_buffer(self, state: LayerState) -> Float[Array, "K P 2 g H"] | None:
         """Pages on the device for one layer at a time (host tier only)."""
@@ -163,7 +176,7 @@ class HGAAttention(AttentionBackend):
             return state
         if held:
             how = self._how(state, state.history.kv_heads, state.history.head_dim)
-            buffer = _read_pages(buffer, state.history, jnp.int32(held), how)
+            buffer = _read_pages(buffer, state.history, jnp.int32(held), config=self.config, how=how)
         return replace(state, history=DeviceHistory(buffer, jnp.int32(held)))
 
     def unload(
@@ -179,9 +192,11 @@ class HGAAttention(AttentionBackend):
         return replace(worked, history=history), buffer
 
 
-@partial(jax.jit, static_argnames="how", donate_argnames="buffer")
-def _read_pages(buffer: Float[Array, "K P 2 g H"], history: HostHistory, held: Int[Array, ""], how: How) -> Float[Array, "K P 2 g H"]:
-    return history.typed().read_into(buffer, held, buffer.shape[1], how.settings())
+@partial(jax.jit, static_argnames=("config", "how"), donate_argnames="buffer")
+def _read_pages(
+    buffer: Float[Array, "K P 2 g H"], history: HostHistory, held: Int[Array, ""], *, config: HGAConfig, how: How
+) -> Float[Array, "K P 2 g H"]:
+    return history.typed().read_into(buffer, held, config, how.plain())
 
 
 @partial(jax.jit, static_argnames=("config", "most", "how"), donate_argnames="history")
@@ -195,7 +210,27 @@ def _write_pages(
     most: int,
     how: How,
 ) -> HostHistory:
-    return history.typed().with_pages_written(source, held, end, most, window_places(end, config), how.settings())
+    return history.typed().with_pages_written(source, held, end, most, window_places(end, config), how.plain())
+
+
+def _fits_cudnn(query: Float[Array, "T N H"]) -> bool:
+    return on_cuda() and query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[2] % 8 == 0 and query.shape[2] <= 128
+
+
+def _attend_densely(
+    query: Float[Array, "T N H"],
+    key: Float[Array, "T K H"],
+    value: Float[Array, "T K H"],
+    count: Int[Array, ""],
+    stamps: Int[Array, "K P"] | None,
+) -> tuple[Float[Array, "T N H"], Int[Array, "K P"] | None, Stats]:
+    """Exact causal attention of a sequence's first tokens."""
+    implementation = "cudnn" if _fits_cudnn(query) else "xla"
+    out = jax.nn.dot_product_attention(query[None], key[None], value[None], is_causal=True, implementation=implementation)[0]
+    queries, zero = count.astype(jnp.float32), jnp.float32(0)
+    blocks = (-(-count // 64)).astype(jnp.float32)
+    stats = Stats(queries, queries, blocks, blocks * queries, blocks, zero, zero)
+    return jnp.where((jnp.arange(query.shape[0]) < count)[:, None, None], out, 0), stamps, stats
 
 
 def hga_attention(
@@ -278,11 +313,8 @@ def _attend(
     keep: bool = False,
 ) -> tuple[Float[Array, "T N H"], Int[Array, "T N"], LayerState, Stats, Opened | None]:
     """All blocks at once by kernels where they run, or where screening is wanted; else block by block. See blocks.attend_and_keep."""
-    reason = "the paper policy has no kernels"
-    if policy.list_pages is not None:
-        reason = sketch_prefill_routing.unsupported(query, state.history.pages, config.chunk_size, config.group_size)
-    chosen = choose("hga prefill", implementation, reason)
-    if policy.list_pages is not None and query.shape[0] > 1 and (chosen == "pallas" or config.screening == "on"):
+    chosen = choose("hga prefill", implementation, unsupported(query, state.history.pages, config.chunk_size, config.group_size))
+    if query.shape[0] > 1 and (chosen == "pallas" or (config.screening == "on" and config.policy == "sketch")):
         return attend_listed(query, start, count, state, config, policy, scale, chosen)
     if keep:
         return attend_and_keep(query, start, count, state, config, policy, scale)

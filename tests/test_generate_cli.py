@@ -116,7 +116,7 @@ def test_plan_prints_the_byte_table(capsys, tmp_path):
         (["--prompt-file", "no/such/file.txt"], "cannot read no/such/file.txt: No such file or directory"),
         (["--prompt", "x", "--json", "no/such/dir/out.json"], "cannot be written there"),
         (["--prompt", "x", "--model", "./nowhere"], "neither a file or directory here nor a hub id"),
-        (["--prompt", "x", "--kv-store", "/mnt/history"], "--kv-store /mnt/history is not supported in this version"),
+        (["--prompt", "x", "--kv-store", "hots"], "--kv-store hots: choose auto, device, host or a directory (./hots for a new one)"),
         (["--prompt", "x", "--quality", "superb"], "threshold 'superb': choose fast, balanced, best or a number between 0 and 1"),
         (["--prompt", "x", "--quality", "1.5"], "threshold=1.5 must lie between 0 and 1"),
         (["--prompt", "x", "--quality", "best", "--policy", "paper"], "--quality best belongs to the sketch policy"),

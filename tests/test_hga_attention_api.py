@@ -162,7 +162,7 @@ def test_dense_backend_agrees_when_windows_cover_everything():
         ({"query_start": jnp.zeros(3, jnp.int32)}, "query_start has shape \\(3,\\): one number, or \\[2\\] of them, is needed"),
         ({"key_value_seq_lengths": np.zeros(3, np.int32)}, "key_value_seq_lengths is int32\\[3\\]: integers of shape \\[2\\] are needed"),
         ({"rope": None}, "summary='mixed_rope' needs rope=RopeConfig"),
-        ({"implementation": "triton"}, "implementation='triton': choose None, \"pallas\" or \"xla\""),
+        ({"implementation": "triton"}, 'implementation=\'triton\': choose None, "pallas" or "xla"'),
     ],
     ids=lambda x: str(x) if isinstance(x, dict) else "",
 )
@@ -176,8 +176,8 @@ def test_wrong_arguments(change, message):
 
 def test_kernels_asked_for_by_name_are_refused_where_they_cannot_run():
     q, k, v = tensors()
-    with pytest.raises(NotImplementedError, match="paper policy has no kernels"):
-        hga_attention(q, k, v, config=CONFIG, rope=ROPE, implementation="pallas")
+    with pytest.raises(NotImplementedError, match="powers of two"):
+        hga_attention(q, k, v, config=replace(CONFIG, chunk_size=12), rope=ROPE, implementation="pallas")
     if jax.default_backend() != "gpu":
         with pytest.raises(NotImplementedError, match="needs a CUDA GPU"):
-            hga_attention(q, k, v, config=replace(CONFIG, policy="sketch"), implementation="pallas")
+            hga_attention(q, k, v, config=CONFIG, rope=ROPE, implementation="pallas")

@@ -26,9 +26,9 @@ def decoder():
 
 def prefilled(decoder, backend, tokens, states, first=0):
     """In super-blocks of 32 tokens, so that later ones need the older pages back."""
-    for block in programs.prefill_blocks(decoder, tokens, states, backend, first=first, segment=32, super_block=32):
-        pass
-    return block.states
+    for done in programs.prefill_blocks(decoder, tokens, states, backend, first=first, segment=32, super_block=32):
+        last = done
+    return last.states
 
 
 def decoded(decoder, backend, token, position, states, count):
