@@ -11,18 +11,20 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from hga_jax.backend import AttentionBackend, Stats
 from hga_jax.blocks import LayerState, Opened, attend, attend_and_keep, new_state, summarise_new
 from hga_jax.cache import DeviceHistory, HostHistory
 from hga_jax.cache.window import window_places
 from hga_jax.config import HGAConfig, RopeConfig
-from hga_jax.decoding import How, close_chunk, decode_token, unsupported
+from hga_jax.decoding import How, cannot_decode, carried_pages, close_chunk, decode_token
 from hga_jax.gradients import routed_attention_gradient
+from hga_jax.listed import attend_listed
 from hga_jax.policies import Policy, policy_for
 from hga_jax.pytree import register
-from pallas_kernels import dispatch
+from pallas_kernels.dispatch import Implementation, choose
+from pallas_kernels.sketch_prefill_routing import unsupported
 
 
 @register
@@ -89,7 +91,8 @@ class HGAAttention(AttentionBackend):
         start = state.length
         state = replace(state, history=state.history.append(key, value, count))
         state = summarise_new(state, start, key.shape[0], self.config, policy)
-        out, _, state, stats = attend(query, start, count, state, self.config, policy, scale)
+        implementation = None if self.implementation == "interpret" else self.implementation
+        out, _, state, stats, _ = _attend(query, start, count, state, self.config, policy, scale, implementation)
         return out, state, stats
 
     def decode(
@@ -116,8 +119,8 @@ class HGAAttention(AttentionBackend):
         """Which operations decode: None is the block code of prefill, the fastest on the device tier without kernels."""
         if self.implementation == "interpret":
             return How("pallas", interpret=True)
-        reason = unsupported(self.config, heads, state.history.kv_heads, state.history.capacity, head_dim)
-        chosen = dispatch.choose("decoding", self.implementation, reason)
+        reason = cannot_decode(self.config, heads, state.history.kv_heads, state.history.capacity, head_dim)
+        chosen = choose("decoding", self.implementation, reason)
         if chosen == "xla" and isinstance(state.history, DeviceHistory):
             return None
         if chosen == "xla" and jax.default_backend() != "cpu":
@@ -128,16 +131,17 @@ class HGAAttention(AttentionBackend):
     def settle_every(self) -> int:
         return self.config.chunk_size
 
-    def start_decoding(self, state: LayerState) -> LayerState:
+    def start_decoding(self, state: LayerState, held: Int[Array, ""]) -> LayerState:
         """The position is common to all layers: carried once, it costs no launch a layer."""
         history = state.history.typed() if isinstance(state.history, HostHistory) else state.history
-        return replace(state, history=replace(history, length=None))
+        how = self._how(state, history.kv_heads, history.head_dim)
+        carried = None if how is None else carried_pages(state, held, self.config, how)
+        return replace(state, history=replace(history, length=None), carried=carried)
 
     def settle(self, state: LayerState, held: Int[Array, ""]) -> LayerState:
         """Summarise the newest chunk and write its pages to the host tier, where `decode` left that to do."""
         history = state.history
-        heads = history.kv_heads if state.marks is None else 1
-        how = self._how(state, heads, history.head_dim)
+        how = self._how(state, history.kv_heads, history.head_dim)
         if how is None:
             return state
         policy = policy_for(self.config, self.rope, history.head_dim, 1 / math.sqrt(history.head_dim))
@@ -145,7 +149,7 @@ class HGAAttention(AttentionBackend):
 
     def finish_decoding(self, state: LayerState, held: Int[Array, ""]) -> LayerState:
         """Undo `start_decoding`."""
-        return replace(state, history=replace(state.history, length=held))
+        return replace(state, history=replace(state.history, length=held), carried=None)
 
     def prefill_buffer(self, state: LayerState) -> Float[Array, "K P 2 g H"] | None:
         """Pages on the device for one layer at a time (host tier only)."""
@@ -159,7 +163,7 @@ class HGAAttention(AttentionBackend):
             return state
         if held:
             how = self._how(state, state.history.kv_heads, state.history.head_dim)
-            buffer = _read_pages(buffer, state.history, jnp.int32(held), how)
+            buffer = _read_pages(buffer, state.history, jnp.int32(held), config=self.config, how=how)
         return replace(state, history=DeviceHistory(buffer, jnp.int32(held)))
 
     def unload(
@@ -175,9 +179,11 @@ class HGAAttention(AttentionBackend):
         return replace(worked, history=history), buffer
 
 
-@partial(jax.jit, static_argnames="how", donate_argnames="buffer")
-def _read_pages(buffer: Float[Array, "K P 2 g H"], history: HostHistory, held: Int[Array, ""], how: How) -> Float[Array, "K P 2 g H"]:
-    return history.typed().read_into(buffer, held, buffer.shape[1], how.settings())
+@partial(jax.jit, static_argnames=("config", "how"), donate_argnames="buffer")
+def _read_pages(
+    buffer: Float[Array, "K P 2 g H"], history: HostHistory, held: Int[Array, ""], *, config: HGAConfig, how: How
+) -> Float[Array, "K P 2 g H"]:
+    return history.typed().read_into(buffer, held, config, how.plain())
 
 
 @partial(jax.jit, static_argnames=("config", "most", "how"), donate_argnames="history")
@@ -191,7 +197,7 @@ def _write_pages(
     most: int,
     how: How,
 ) -> HostHistory:
-    return history.typed().with_pages_written(source, held, end, most, window_places(end, config), how.settings())
+    return history.typed().with_pages_written(source, held, end, most, window_places(end, config), how.plain())
 
 
 def hga_attention(
@@ -216,7 +222,7 @@ def hga_attention(
     rotation: orthogonal matrix for the sketch policy instead of the built-in one. scale: of the scores, 1 / sqrt(H) by default.
     query_start: may be an array, also int32 [B] with one start a sequence; then S is only a bound.
     key_value_seq_lengths: int32 [B], tokens of each sequence; keys from there on are padding, and queries there get zeros.
-    implementation: None or "xla".
+    implementation: "pallas" (kernels), "xla", or None: kernels where they run, that is on an NVIDIA GPU, else XLA.
 
     Works under jit, vmap, shard_map over batch or kv heads, jax.checkpoint and reverse-mode differentiation: gradients flow through the
     tokens attended to, while the selection, piecewise constant, has none (no forward mode, no second derivatives). Differentiation keeps
@@ -226,7 +232,7 @@ def hga_attention(
     Returns the outputs in query's dtype; with return_stats also AttentionStats (visible_keys int32 [B, T, N]). The call is stateless: with
     the sketch policy a query sees its own requests and those of earlier queries of this call. T = 1 is the decode rule.
 
-    Raises ValueError for arguments that do not fit together, NotImplementedError for an implementation this version lacks.
+    Raises ValueError for arguments that do not fit together, NotImplementedError for "pallas" where the kernels cannot run.
     Source: arXiv 2606.30709.
     """
     _check(query, key, value, config, rope, rotation, query_start, key_value_seq_lengths, implementation)
@@ -235,11 +241,11 @@ def hga_attention(
     if key_value_seq_lengths is not None:
         count = jnp.clip(jnp.asarray(key_value_seq_lengths, jnp.int32) - start, 0, count)
     rotation = None if rotation is None else jnp.asarray(rotation, jnp.float32)
-    out, stats = _attend_batch(query, key, value, start, count, rotation, config, rope, scale)
+    out, stats = _attend_batch(query, key, value, start, count, rotation, config, rope, scale, implementation)
     return (out, stats) if return_stats else out
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+@partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9))
 def _attend_batch(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S K H"],
@@ -250,29 +256,54 @@ def _attend_batch(
     config: HGAConfig,
     rope: RopeConfig | None,
     scale: float,
+    implementation: Implementation | None,
 ) -> tuple[Float[Array, "B T N H"], AttentionStats]:
     """start, count: of all sequences, or one each."""
     policy = policy_for(config, rope, query.shape[-1], scale, rotation)
 
     def one(q: Array, k: Array, v: Array, start: Array, count: Array) -> tuple[Array, AttentionStats]:
-        out, visible, _, stats = attend(q, start, count, _whole_state(k, v, config, policy), config, policy, scale)
+        out, visible, _, stats, _ = _attend(q, start, count, _whole_state(k, v, config, policy), config, policy, scale, implementation)
         return out, AttentionStats(visible, stats)
 
     return _each_sequence(one, query, key, value, start, count)
 
 
-def _attend_forward(query, key, value, start, count, rotation, config, rope, scale) -> tuple[Any, Any]:
+def _attend(
+    query: Float[Array, "T N H"],
+    start: Int[Array, ""],
+    count: Int[Array, ""],
+    state: LayerState,
+    config: HGAConfig,
+    policy: Policy,
+    scale: float,
+    implementation: Implementation | None,
+    keep: bool = False,
+) -> tuple[Float[Array, "T N H"], Int[Array, "T N"], LayerState, Stats, Opened | None]:
+    """All blocks at once by kernels where they run, or where screening is wanted; else block by block. See blocks.attend_and_keep."""
+    reason = "the paper policy has no kernels"
+    if policy.list_pages is not None:
+        reason = unsupported(query, state.history.pages, config.chunk_size, config.group_size)
+    chosen = choose("hga prefill", implementation, reason)
+    if policy.list_pages is not None and query.shape[0] > 1 and (chosen == "pallas" or config.screening == "on"):
+        return attend_listed(query, start, count, state, config, policy, scale, chosen)
+    if keep:
+        return attend_and_keep(query, start, count, state, config, policy, scale)
+    return *attend(query, start, count, state, config, policy, scale), None
+
+
+def _attend_forward(query, key, value, start, count, rotation, config, rope, scale, implementation) -> tuple[Any, Any]:
     policy = policy_for(config, rope, query.shape[-1], scale, rotation)
 
     def one(q: Array, k: Array, v: Array, start: Array, count: Array) -> tuple[Array, AttentionStats, Opened]:
-        out, visible, _, stats, opened = attend_and_keep(q, start, count, _whole_state(k, v, config, policy), config, policy, scale)
+        state = _whole_state(k, v, config, policy)
+        out, visible, _, stats, opened = _attend(q, start, count, state, config, policy, scale, implementation, keep=True)
         return out, AttentionStats(visible, stats), opened
 
     out, stats, opened = _each_sequence(one, query, key, value, start, count)
     return (out, stats), (query, key, value, start, count, out, opened)
 
 
-def _attend_backward(config, rope, scale, kept, cotangents) -> tuple[Array, Array, Array, None, None, None]:
+def _attend_backward(config, rope, scale, implementation, kept, cotangents) -> tuple[Array, Array, Array, None, None, None]:
     query, key, value, start, count, out, opened = kept
     batch = query.shape[:1]
 
@@ -303,6 +334,40 @@ def _each_sequence(one: Callable, query: Array, key: Array, value: Array, start:
     return jax.lax.map(lambda item: one(*item), (query, key, value, *bounds))
 
 
+def opened_pages(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    *,
+    config: HGAConfig,
+    rope: RopeConfig | None = None,
+    rotation: Float[Array | np.ndarray, "H H"] | None = None,
+    query_start: int | Int[Array, ""] = 0,
+) -> Bool[Array, "B T N P"]:
+    """Which pages hga_attention's routing opens to each query and head, for looking at; the windows, always seen, are not among them.
+
+    Page p holds tokens p * group_size and so on. Arguments and errors are hga_attention's. The result has B * T * N * S / 16 bytes.
+    """
+    _check(query, key, value, config, rope, rotation, query_start, None, None)
+    scale, start = 1 / math.sqrt(query.shape[-1]), jnp.asarray(query_start, jnp.int32)
+    policy = policy_for(config, rope, query.shape[-1], scale, rotation)
+
+    def one(q: Array, k: Array, v: Array) -> Array:
+        state = _whole_state(k, v, config, policy)
+        opened = _attend(q, start, jnp.int32(len(q)), state, config, policy, scale, None, keep=True)[4]
+        blocks, kv_heads, lists, _ = opened.pages.shape
+        heads, rows = q.shape[1], opened.peaks.shape[-1]
+        at = jnp.ix_(*(jnp.arange(n) for n in (blocks, kv_heads, lists, 1)))[:3]
+        never = jnp.full((blocks, kv_heads, lists, state.history.capacity // config.group_size), rows)
+        first = never.at[*at, opened.pages].min(opened.since)
+        seen = first[:, :, :, None] <= jnp.arange(rows)[:, None]  # [B, K, R, Q, P]
+        by_head = jnp.repeat(seen.reshape(blocks, kv_heads * lists, rows, -1), heads // (kv_heads * lists), axis=1)
+        lead = start % config.chunk_size if rows > 1 else 0
+        return jax.lax.dynamic_slice_in_dim(by_head.swapaxes(1, 2).reshape(blocks * rows, heads, -1), lead, len(q))
+
+    return jax.vmap(one)(query, key, value)
+
+
 def _check(query, key, value, config, rope, rotation, query_start, lengths, implementation) -> None:
     """Say at trace time what does not fit."""
     for name, array in (("query", query), ("key", key), ("value", value)):
@@ -331,7 +396,5 @@ def _check(query, key, value, config, rope, rotation, query_start, lengths, impl
         raise ValueError(f"head_dim {width} must be even for rotary embeddings")
     if rotation is not None and rotation.shape != (width, width):
         raise ValueError(f"rotation has shape {rotation.shape}: [{width}, {width}] is needed")
-    if implementation == "pallas":
-        raise NotImplementedError('implementation="pallas": there are no kernels for this function yet; use "xla" or None')
-    if implementation not in (None, "xla"):
-        raise ValueError(f'{implementation=}: choose None or "xla"')
+    if implementation not in (None, "pallas", "xla"):
+        raise ValueError(f'{implementation=}: choose None, "pallas" or "xla"')

@@ -84,11 +84,11 @@ class AttentionBackend(Protocol):
 
     @property
     def settle_every(self) -> int | None:
-        """`settle` is due whenever the tokens held reach a multiple of this; None: only at the end."""
+        """`settle` is due whenever decoding brings the tokens held to a multiple of this; None: never."""
         return None
 
-    def start_decoding(self, state: Any) -> Any:
-        """The state as a decode program carries it from token to token."""
+    def start_decoding(self, state: Any, held: Int[Array, ""]) -> Any:
+        """The state as a decode program carries it from token to token. held: tokens held."""
         return state
 
     def settle(self, state: Any, held: Int[Array, ""]) -> Any:

@@ -13,6 +13,7 @@ SUMMARIES = ("mixed_rope", "mean")
 # quality the threshold may grow with G. Measured at 8K tokens: SmolLM2 (G = 3) at 0.004 loses 0.003 to 0.007 nats, Qwen2.5-Coder (G = 7)
 # at 0.008 loses nothing; both fetch less than the paper policy.
 QUALITY = {"fast": 0.008 / 3, "balanced": 0.004 / 3, "best": 0.001 / 3}
+SCREEN_FROM = 8192  # tokens up to which a full scan is cheap
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
 
 
@@ -36,6 +37,10 @@ class HGAConfig:
     threshold: sketch policy, the share of a query's attention mass above which a page is opened (0 < threshold < 1), or a level of QUALITY,
     whose threshold depends on how many query heads share a kv head.
     page_capacity: sketch policy, the most routed pages of a kv head open at a time; further requests are refused, in query order.
+    screening: sketch policy, how prefill finds pages. "off": every query scans the sketch of every token. "on": every screen_stride-th
+    query looks at each page's mean key plus screen_spread standard deviations; pages that reach screen_margin of the threshold are
+    candidates, and those whose sketches reach screen_threshold of the threshold are requested. "auto": on an NVIDIA GPU, in histories with
+    room for more than SCREEN_FROM tokens; off elsewhere. Decode always scans everything.
     top_chunks, top_groups, summary: paper policy; `top_groups // 2` is what each single query requests.
     """
 
@@ -46,6 +51,11 @@ class HGAConfig:
     policy: Literal["sketch", "paper"] = "sketch"
     threshold: float | Literal["fast", "balanced", "best"] = "balanced"
     page_capacity: int = 1024
+    screening: Literal["auto", "on", "off"] = "auto"
+    screen_stride: int = 4
+    screen_spread: float = 1.0
+    screen_margin: float = 1 / 16
+    screen_threshold: float = 0.75
     top_chunks: int = 16
     top_groups: int = 64
     summary: Literal["mixed_rope", "mean"] = "mixed_rope"
@@ -63,6 +73,15 @@ class HGAConfig:
             raise ValueError(f"threshold={self.threshold} must lie between 0 and 1 (0.004 is a good start)")
         if self.page_capacity < 1:
             raise ValueError(f"page_capacity={self.page_capacity} must be at least 1")
+        if self.screening not in ("auto", "on", "off"):
+            raise ValueError(f"screening={self.screening!r}: choose auto, on or off")
+        if self.screen_stride < 1 or self.chunk_size % self.screen_stride:
+            raise ValueError(f"screen_stride={self.screen_stride} must divide chunk_size={self.chunk_size}")
+        if self.screen_spread < 0 or not 0 < self.screen_margin <= 1 or self.screen_threshold <= 0:
+            raise ValueError(
+                f"screen_spread={self.screen_spread} must not be negative, screen_margin={self.screen_margin} must lie in (0, 1] and "
+                f"screen_threshold={self.screen_threshold} be positive"
+            )
         if self.top_chunks < 1 or self.top_groups < 2:
             raise ValueError(f"top_chunks={self.top_chunks} must be at least 1 and top_groups={self.top_groups} at least 2")
         if self.summary not in SUMMARIES:
@@ -71,6 +90,10 @@ class HGAConfig:
     @property
     def groups_per_chunk(self) -> int:
         return self.chunk_size // self.group_size
+
+    def screened(self, room: int) -> bool:
+        """Whether prefill by page lists screens, in a history with room for so many tokens."""
+        return self.screening == "on" or (self.screening == "auto" and room > SCREEN_FROM)
 
     def threshold_for(self, queries_per_kv_head: int) -> float:
         """The share of attention mass that opens a page when so many query heads share a kv head."""

@@ -7,7 +7,7 @@ read; closing a chunk (its summary, its pages to the host) is put off to `close_
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -21,9 +21,11 @@ from hga_jax.config import HGAConfig
 from hga_jax.policies import Policy
 from hga_jax.sketches import built_in_rotation
 from hga_jax.summaries import write
-from pallas_kernels import paper_routing, routed_decode_attention, sketch_routing
+from pallas_kernels import paper_routing, sketch_routing
 from pallas_kernels.limits import power_of_two
-from pallas_kernels.routed_decode_attention import FreshToken, Windows
+from pallas_kernels.routed_decode_attention import Bank, FreshToken, Partial, Windows, merge, page_attention, plan_bank, window_attention
+from pallas_kernels.routed_decode_attention import Config as AttentionConfig
+from pallas_kernels.sketch_routing import PageList
 
 MOST_HEADS = 31  # query heads a kv head: the paper policy's page masks are int32
 
@@ -35,14 +37,20 @@ class How:
     implementation: str
     interpret: bool = False
 
-    def settings(self) -> dict[str, Any]:
+    def plain(self) -> dict[str, Any]:
+        """Arguments of operations without tunables."""
         return {"implementation": self.implementation, "interpret": self.interpret}
 
-    def sketch_config(self) -> sketch_routing.Config:
-        return sketch_routing.Config(unpack="arithmetic") if self.interpret else sketch_routing.Config()
+    def attention(self) -> dict[str, Any]:
+        """Arguments of the operations of routed_decode_attention."""
+        return self.plain() | ({"config": AttentionConfig(splits=2, window_splits=2)} if self.interpret else {})
+
+    def sketch(self) -> dict[str, Any]:
+        """Arguments of the operations of sketch_routing."""
+        return self.plain() | ({"config": sketch_routing.Config(unpack="arithmetic", scan_programs=2)} if self.interpret else {})
 
 
-def unsupported(config: HGAConfig, heads: int, kv_heads: int, capacity: int, head_dim: int) -> str | None:
+def cannot_decode(config: HGAConfig, heads: int, kv_heads: int, capacity: int, head_dim: int) -> str | None:
     """Why the kernels cannot decode this shape; None when they can."""
     if not (power_of_two(config.group_size) and power_of_two(config.chunk_size)):
         return f"group_size={config.group_size} and chunk_size={config.chunk_size} are not powers of two"
@@ -55,6 +63,14 @@ def unsupported(config: HGAConfig, heads: int, kv_heads: int, capacity: int, hea
     return None
 
 
+def carried_pages(state: LayerState, position: Int[Array, ""], config: HGAConfig, how: How) -> PageList | None:
+    """The pages open to the token at `position` whatever it asks for; None for policies that remember nothing."""
+    if state.stamps is None:
+        return None
+    capacity = min(config.page_capacity, state.stamps.shape[1])
+    return sketch_routing.carried_pages(state.stamps, position // config.chunk_size, capacity=capacity, **how.sketch())
+
+
 def decode_token(
     query: Float[Array, "N H"],
     key: Float[Array, "K H"],
@@ -65,106 +81,129 @@ def decode_token(
     scale: float,
     how: How,
 ) -> tuple[Float[Array, "N H"], LayerState, Stats]:
-    """Append the token at `position` and attend from it. `close_chunk` must have been called when the chunk before was full."""
+    """Append the token at `position` and attend from it. `close_chunk` must have been called when the chunk before was full.
+
+    Windows, carried pages and routing do not wait for each other: the compiler may run them side by side (see programs.decode_tokens), so
+    that pages come over PCIe while the sketches are scanned.
+    """
     heads, width = query.shape
     kv_heads = key.shape[0]
-    grouped = query.reshape(kv_heads, heads // kv_heads, width)
+    query = query.reshape(kv_heads, heads // kv_heads, width)
     places = window_places(position, config)
-    own_chunk = position // config.chunk_size
     fresh = FreshToken(key, value, jnp.stack([places.open_place, position % config.group_size]))
-    rotation = jnp.asarray(built_in_rotation(width)) if config.policy == "sketch" else None
-    windows, history = _attend_windows(grouped, places, fresh, state.history, rotation, scale, how)
-    state, pages, seen_by, unopened = _route(grouped, windows, own_chunk, state, config, scale, how)
-    bank, plan = getattr(history, "bank", None), None
-    if bank is not None:
-        recency, needed = state.stamps, own_chunk - 1
-        bank, plan = routed_decode_attention.plan_bank(bank, pages.ids, pages.counts, recency, needed, **how.settings())
-    routed, bank = routed_decode_attention.page_attention(
-        grouped, pages.ids, pages.counts, history.pages, scale=scale, heads=seen_by, bank=bank, plan=plan, **how.settings()
-    )
-    if bank is not None:
-        history = replace(history, bank=bank)
-    out = routed_decode_attention.merge([windows.partial, routed], query.dtype, **how.settings())
-    hits = None if plan is None else plan.hits
-    stats = _stats(pages.counts, seen_by, unopened, hits, places, position, heads // kv_heads, config)
-    return out.reshape(heads, width), replace(state, history=history), stats
+    windows, history = _attend_windows(query, places, fresh, state.history, scale, how)
+    state = replace(state, history=history)
+    if config.policy == "paper":
+        out, state, tally = _attend_requested(query, windows.partial, state, position, config, scale, how)
+    else:
+        out, state, tally = _attend_remembered(query, windows.partial, state, position, config, scale, how)
+    return out.reshape(heads, width), state, _stats(tally, places, position, config)
 
 
 def _attend_windows(
-    query: Float[Array, "K G H"],
-    places: WindowPlaces,
-    fresh: FreshToken,
-    history: DeviceHistory | HostHistory,
-    rotation: Float[Array, "H H"] | None,
-    scale: float,
-    how: How,
+    query: Float[Array, "K G H"], places: WindowPlaces, fresh: FreshToken, history: DeviceHistory | HostHistory, scale: float, how: How
 ) -> tuple[Windows, DeviceHistory | HostHistory]:
     """Sinks, local window and own chunk, the token's own key and value among them and now in the history."""
-    settings = how.settings() | {"scale": scale, "rotation": rotation, "fresh": fresh}
+    settings = how.attention() | {"scale": scale, "fresh": fresh}
     if isinstance(history, HostHistory):
-        windows = routed_decode_attention.window_attention(query, history.window, places.valid, **settings)
+        windows = window_attention(query, history.window, places.valid, **settings)
         return windows, replace(history, window=windows.window)
-    windows = routed_decode_attention.window_attention(query, history.pages, places.valid, pages=places.pages, **settings)
+    windows = window_attention(query, history.pages, places.valid, pages=places.pages, **settings)
     return windows, replace(history, pages=windows.window)
 
 
-def _route(
-    query: Float[Array, "K G H"], windows: Windows, own_chunk: Int[Array, ""], state: LayerState, config: HGAConfig, scale: float, how: How
-) -> tuple[LayerState, Any, Int[Array, "K M"] | None, Float[Array, "K G"] | None]:
-    """(state with the requests remembered, page lists, which heads see each page or None: all, unopened mass)."""
-    pages = state.history.capacity // config.group_size
-    bounds = {"sink_chunks": config.sink_chunks, "local_chunks": config.local_chunks}
-    if config.policy == "paper":
-        most = query.shape[1] * (config.top_groups // 2)
-        found = paper_routing.paper_routing(
-            query, state.summaries.chunks, state.summaries.groups, state.marks, own_chunk, top_chunks=config.top_chunks,
-            top_groups=config.top_groups, capacity=min(most, pages), **bounds, **how.settings(),
-        )  # fmt: skip
-        return replace(state, marks=found.marks), found, found.heads, None
-    found = sketch_routing.sketch_routing(
-        windows.columns, state.summaries.means, state.summaries.codes, state.summaries.scales, state.stamps, windows.partial.stats,
-        own_chunk, group_size=config.group_size, threshold=config.threshold_for(query.shape[1]),
-        capacity=min(config.page_capacity, pages), scale=scale, config=how.sketch_config(), **bounds, **how.settings(),
+class Tally(NamedTuple):
+    """What a token did, for the statistics: pages visible and requests refused a kv head, visible pages of an average head, and by kv head
+    the unopened mass, hits and requests of the bank where there is one."""
+
+    counts: Int[Array, "K 2"]
+    seen: Float[Array, ""]
+    unopened: Float[Array, "K G"] | None = None
+    hits: Int[Array, " K"] | None = None
+
+
+def _attend_requested(
+    query: Float[Array, "K G H"], windows: Partial, state: LayerState, position: Array, config: HGAConfig, scale: float, how: How
+) -> tuple[Float[Array, "K G H"], LayerState, Tally]:
+    """Paper policy: each head's own pages, nothing remembered."""
+    settings, pages = how.attention(), state.history.capacity // config.group_size
+    found = paper_routing.paper_routing(
+        query, state.summaries.chunks, state.summaries.groups, state.marks, position // config.chunk_size,
+        sink_chunks=config.sink_chunks, local_chunks=config.local_chunks, top_chunks=config.top_chunks, top_groups=config.top_groups,
+        capacity=min(query.shape[1] * (config.top_groups // 2), pages), **how.plain(),
     )  # fmt: skip
-    return replace(state, stamps=found.stamps), found, None, found.unopened
+    routed, _ = page_attention(query, found.ids, found.counts, state.history.pages, scale=scale, heads=found.heads, **settings)
+    out = merge([windows, routed], query.dtype, **settings).out
+    live = jnp.arange(found.heads.shape[1]) < found.counts[:, :1]
+    seen = jnp.where(live, lax.population_count(found.heads), 0).sum() / (query.shape[0] * query.shape[1])
+    return out, replace(state, marks=found.marks), Tally(found.counts, seen)
 
 
-def _stats(
-    counts: Int[Array, "K 2"],
-    seen_by: Int[Array, "K M"] | None,
-    unopened: Float[Array, "K G"] | None,
-    hits: Int[Array, " K"] | None,
-    places: WindowPlaces,
-    position: Int[Array, ""],
-    group_heads: int,
-    config: HGAConfig,
-) -> Stats:
-    kv_heads = counts.shape[0]
-    held, listed, refused = position + 1, counts[:, 0].sum(), counts[:, 1].sum()
-    seen = listed / kv_heads
-    if seen_by is not None:
-        live = jnp.arange(seen_by.shape[1]) < counts[:, :1]
-        seen = jnp.where(live, lax.population_count(seen_by), 0).sum() / (kv_heads * group_heads)
-    windows = places.valid.sum()
-    attended = (windows + config.group_size * seen) / held
+def _attend_remembered(
+    query: Float[Array, "K G H"], windows: Partial, state: LayerState, position: Array, config: HGAConfig, scale: float, how: How
+) -> tuple[Float[Array, "K G H"], LayerState, Tally]:
+    """Sketch policy: pages that stay open from earlier requests, then those that this token opens."""
+    summaries = state.summaries
+    own_chunk, next_chunk = position // config.chunk_size, (position + 1) // config.chunk_size
+    before = state.carried or carried_pages(state, position, config, how)
+    rotation = jnp.asarray(built_in_rotation(query.shape[2]))
+    columns = sketch_routing.query_columns(query, rotation, **how.plain())
+    bank = getattr(state.history, "bank", None)
+    carried, bank, hits = _attend_listed(query, before, state.history.pages, bank, state.stamps, own_chunk - 1, scale, how)
+    found = sketch_routing.sketch_routing(
+        columns, summaries.means, summaries.codes, summaries.scales, state.stamps, windows.stats, own_chunk, next_chunk,
+        sink_chunks=config.sink_chunks, local_chunks=config.local_chunks, group_size=config.group_size,
+        threshold=config.threshold_for(query.shape[1]), capacity=before.ids.shape[1], scale=scale, **how.sketch(),
+    )  # fmt: skip
+    fresh, bank, more = _attend_listed(query, found.fresh, state.history.pages, bank, found.stamps, own_chunk - 1, scale, how)
+    merged = merge([windows, carried, fresh], query.dtype, hand_over=tuple(zip(found.carried, before, strict=True)), **how.attention())
+    history = state.history if bank is None else replace(state.history, bank=bank)
+    after = PageList(*merged.targets) if state.carried is not None else None
+    tally = Tally(found.counts, found.counts[:, 0].mean(), found.unopened, None if bank is None else hits + more)
+    return merged.out, replace(state, history=history, stamps=found.stamps, carried=after), tally
+
+
+def _attend_listed(
+    query: Float[Array, "K G H"],
+    listed: PageList,
+    store: Float[Array, "K P 2 g H"],
+    bank: Bank | None,
+    recency: Int[Array, "K P"],
+    needed: Int[Array, ""],
+    scale: float,
+    how: How,
+) -> tuple[Partial, Bank | None, Int[Array, " K"] | None]:
+    """Listed pages from the store, through the bank where there is one; (partial result, bank, pages found in it)."""
+    if bank is None:
+        return page_attention(query, listed.ids, listed.count, store, scale=scale, **how.attention())[0], None, None
+    bank, plan = plan_bank(bank, listed.ids, listed.count, recency, needed, **how.attention())
+    partial, bank = page_attention(query, listed.ids, listed.count, store, scale=scale, bank=bank, plan=plan, **how.attention())
+    return partial, bank, plan.hits
+
+
+def _stats(tally: Tally, places: WindowPlaces, position: Int[Array, ""], config: HGAConfig) -> Stats:
+    kv_heads = tally.counts.shape[0]
+    listed, refused = tally.counts[:, 0].sum(), tally.counts[:, 1].sum()
+    held, windows = position + 1, places.valid.sum()
+    attended = (windows + config.group_size * tally.seen) / held
     fetched = windows + config.group_size * listed / kv_heads
-    missed = jnp.float32(0) if unopened is None else unopened.mean()
-    found = (jnp.float32(0), jnp.float32(0)) if hits is None else (hits.sum(), listed)
-    numbers = (1, attended, 1, fetched, fetched / held, refused, missed, *found)
+    unopened = jnp.float32(0) if tally.unopened is None else tally.unopened.mean()
+    found = (jnp.float32(0), jnp.float32(0)) if tally.hits is None else (tally.hits.sum(), listed)
+    numbers = (1, attended, 1, fetched, fetched / held, refused, unopened, *found)
     return Stats(*(jnp.asarray(x, jnp.float32) for x in numbers))
 
 
 def close_chunk(state: LayerState, held: Int[Array, ""], config: HGAConfig, policy: Policy, how: How) -> LayerState:
     """Write the summary of the chunk of the newest token, and its pages to the host tier; provisional while the chunk is open.
 
-    held: tokens held. To be called when a chunk is full and at the end of a decode program; more often does no harm.
+    held: tokens held. To be called when a chunk is full; more often does no harm.
     """
     history, per_chunk = state.history, config.groups_per_chunk
     chunk = jnp.maximum(held - 1, 0) // config.chunk_size
     if isinstance(history, HostHistory):
         place = place_of(chunk * per_chunk, config)
         keys = lax.dynamic_slice_in_dim(history.window, place, per_chunk, axis=1)[:, :, 0]
-        history = history.with_window_written(place, chunk * per_chunk, per_chunk, how.settings())
+        history = history.with_window_written(place, chunk * per_chunk, per_chunk, how.plain())
     else:
         keys = lax.dynamic_slice_in_dim(history.pages, chunk * per_chunk, per_chunk, axis=1)[:, :, 0]
     keys = keys.reshape(keys.shape[0], config.chunk_size, keys.shape[-1])

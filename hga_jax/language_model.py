@@ -71,7 +71,8 @@ class LanguageModel:
     def hidden(self, tokens: Int[Array | np.ndarray, " T"], attention: str | AttentionBackend = "hga") -> tuple[Float[Array, "T D"], Stats]:
         """Activations after the last layer (before the final norm) of one sequence, layer by layer; usable under jit."""
         backend, length = self.backend(attention), tokens.shape[0]
-        segment = min(programs.SEGMENT, -(-length // 64) * 64)
+        whole = -(-length // 64) * 64
+        segment = min(programs.segment_of(whole), whole)
         size = -(-length // segment) * segment
         x = self._decoder.embed(jnp.pad(jnp.asarray(tokens), (0, size - length)))
         states = programs.new_states(self._decoder, backend, size, self.dtype)

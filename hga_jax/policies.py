@@ -8,12 +8,31 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax import custom_batching, lax
 from jaxtyping import Array, Float, Int
 
 from hga_jax.config import HGAConfig, RopeConfig
 from hga_jax.routing import Granted, grant_each, grant_remembered, request_by_threshold, request_top
-from hga_jax.sketches import built_in_rotation, key_sketches
+from hga_jax.sketches import KeySketches, built_in_rotation, key_sketches
 from hga_jax.summaries import key_sums
+from pallas_kernels.dispatch import Implementation
+from pallas_kernels.sketch_prefill_routing import Rule, Screen, route
+from pallas_kernels.sketch_prefill_routing.keys import sketched_keys
+
+
+class PageLists(NamedTuple):
+    """What each of B neighbouring chunks of queries sees of the routed middle; R lists a kv head, as in routing.Selection.
+
+    ids: pages, none twice in a list. since: the first row of the chunk that sees the page. counts: slots of a list in use.
+    stamps, refused, unopened: as in routing.Granted.
+    """
+
+    ids: Int[Array, "K B R M"]
+    since: Int[Array, "K B R M"]
+    counts: Int[Array, "K B R"]
+    stamps: Int[Array, "K P"] | None
+    refused: Int[Array, ""]
+    unopened: Float[Array, ""]
 
 
 class Policy(NamedTuple):
@@ -21,12 +40,15 @@ class Policy(NamedTuple):
     request: (query [K, B, G, Q, H] of B neighbouring chunks, live [B, Q], their chunks [B], summaries, log of the window scores' summed
     exponentials [K, B, G, Q]) -> what those queries ask for, any pytree; needs nothing of what was requested before.
     grant: (requests, b, chunk of block b, stamps) -> routing.Granted: the pages open to block b; called block by block.
+    list_pages: (query [T, N, H], pages of a device history, summaries, stamps, first position, live queries, implementation) -> PageLists:
+    request and grant for all blocks at once; None: there is no such program.
     remembers: whether requests outlive their block; then `grant` takes and returns a stamp a page.
     """
 
     summarise: Callable[[Float[Array, "K S H"]], Any]
     request: Callable[..., Any]
     grant: Callable[..., Granted]
+    list_pages: Callable[..., PageLists] | None
     remembers: bool
 
     def new_stamps(self, kv_heads: int, pages: int) -> Int[Array, "K P"] | None:
@@ -41,11 +63,46 @@ def policy_for(
     if config.policy == "paper":
         if config.summary == "mixed_rope" and rope is None:
             raise ValueError("summary='mixed_rope' needs rope=RopeConfig(theta=...): give the keys' rotation or choose summary='mean'")
-        return Policy(partial(key_sums, config=config, rope=rope), partial(request_top, config=config), grant_each, remembers=False)
+        return Policy(partial(key_sums, config=config, rope=rope), partial(request_top, config=config), grant_each, None, remembers=False)
     rotation = jnp.asarray(built_in_rotation(head_dim) if rotation is None else rotation, jnp.float32)
     return Policy(
         partial(key_sketches, chunk_size=config.chunk_size, rotation=rotation),
         partial(request_by_threshold, config=config, rotation=rotation, scale=scale),
         partial(grant_remembered, capacity=config.page_capacity),
+        partial(list_by_threshold, config=config, rotation=rotation, scale=scale),
         remembers=True,
     )
+
+
+def list_by_threshold(
+    query: Float[Array, "T N H"],
+    pages: Float[Array, "K P 2 g H"],
+    sketches: KeySketches,
+    stamps: Int[Array, "K P"],
+    start: Int[Array, ""],
+    count: Int[Array, ""],
+    implementation: Implementation,
+    *,
+    config: HGAConfig,
+    rotation: Float[Array, "H H"],
+    scale: float,
+) -> PageLists:
+    """The sketch policy's requests and grants of all blocks of queries, screened where config says so."""
+    ratio = query.shape[1] // pages.shape[0]
+    rule = Rule(config.chunk_size, config.group_size, config.sink_chunks, config.local_chunks, scale)
+    screen = None
+    if config.screened(pages.shape[1] * config.group_size):
+        screen = Screen(config.screen_stride, config.screen_spread, config.screen_margin, config.screen_threshold, config.page_capacity)
+
+    @custom_batching.sequential_vmap  # kernels take one sequence
+    def run(query: Array, pages: Array, sketches: KeySketches, stamps: Array, start: Array, count: Array) -> tuple:
+        sketched = sketched_keys(sketches.means, sketches.codes, sketches.scales, rotation, config.group_size)
+        found = route(
+            query, pages, sketched, stamps, start, count, rule=rule, threshold=config.threshold_for(ratio), capacity=config.page_capacity,
+            screen=screen, implementation=implementation,
+        )  # fmt: skip
+        return tuple(found)
+
+    arrays = lax.stop_gradient((query, pages, sketches, stamps, start, count))  # which pages are open has no gradient
+    ids, since, counts, *rest = run(*arrays)
+    return PageLists(ids[:, :, None], since[:, :, None], counts[:, :, None], *rest)

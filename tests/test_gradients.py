@@ -13,8 +13,6 @@ from hga_jax.attention import hga_attention
 from hga_jax.reference import reference_attention
 from hga_jax.sketches import built_in_rotation
 
-QUICK = {"xla_backend_optimization_level": 0}  # every case is a program of its own: halves the time
-
 
 def loss_gradients(q, k, v, d_out, config, **more):
     """Gradients of sum(out * d_out) of one sequence."""
@@ -23,7 +21,7 @@ def loss_gradients(q, k, v, d_out, config, **more):
         out, stats = hga_attention(q[None], k[None], v[None], config=config, rope=ROPE, return_stats=True, **more)
         return jnp.sum(out[0].astype(jnp.float32) * d_out), stats.visible_keys[0]
 
-    return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True), compiler_options=QUICK)(q, k, v)
+    return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
 
 
 def masked_attention(q, k, v, visible):
@@ -111,8 +109,8 @@ def test_padding_under_checkpoint():
         return out, *pull(d_out)
 
     together = jax.checkpoint(lambda *x: hga_attention(*x, config=SKETCH, key_value_seq_lengths=lengths))
-    ours = jax.jit(partial(pulled, together), compiler_options=QUICK)(q, k, v, d_out=d_out)
-    alone = jax.jit(partial(pulled, partial(hga_attention, config=SKETCH)), compiler_options=QUICK)
+    ours = jax.jit(partial(pulled, together))(q, k, v, d_out=d_out)
+    alone = jax.jit(partial(pulled, partial(hga_attention, config=SKETCH)))
     for mine, theirs in zip(ours, alone(*(x[1:, :23] for x in (q, k, v)), d_out=d_out[1:, :23]), strict=True):
         np.testing.assert_allclose(mine[1, :23], theirs[0], atol=1e-5)
         assert not np.any(mine[1, 23:])

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from hga_jax.cache.device import page_count
-from hga_jax.cache.window import WindowPlaces, window_page_count
+from hga_jax.cache.window import WindowPlaces, place_of, window_page_count
 from hga_jax.config import HGAConfig
 from hga_jax.pytree import register
 from pallas_kernels.routed_decode_attention import Bank, copy_pages
@@ -94,11 +94,14 @@ class HostHistory:
         return replace(self, pages=as_host(pages), window=window, length=end)
 
     def read_into(
-        self, target: Float[Array, "K P 2 g H"], end: Int[Array, ""], most: int, how: dict[str, Any]
+        self, target: Float[Array, "K P 2 g H"], end: Int[Array, ""], config: HGAConfig, how: dict[str, Any]
     ) -> Float[Array, "K P 2 g H"]:
-        """Copy the pages of tokens 0 .. end-1 to the same places of a device array. `most`: a bound on their number."""
-        count = -(-end // self.group_size)
-        return copy_pages(target, self.pages, target_page=jnp.int32(0), source_page=jnp.int32(0), count=count, most=most, **how)
+        """Copy the pages of tokens 0 .. end-1 to the same places of a device array; those of the newest chunk from the windows."""
+        nothing, count = jnp.int32(0), -(-end // self.group_size)
+        target = copy_pages(target, self.pages, target_page=nothing, source_page=nothing, count=count, most=target.shape[1], **how)
+        page, per_chunk = jnp.maximum(end - 1, 0) // config.chunk_size * config.groups_per_chunk, config.groups_per_chunk
+        place = place_of(page, config)
+        return copy_pages(target, self.window, target_page=page, source_page=place, count=jnp.int32(per_chunk), most=per_chunk, **how)
 
 
 def put_on_host(array: Array) -> Array:

@@ -65,7 +65,7 @@ def _compile(model: LanguageModel, length: int, backend: AttentionBackend) -> No
         _losses(decoder, x, jnp.zeros(size, jnp.int32), zero).block_until_ready()
         for layer in kinds.values():
             state = backend.init_state(length, config.kv_heads, config.head_dim, model.dtype)
-            x, _, _ = programs.prefill_layer(layer, x, zero, zero, state, Stats.zero(), backend=backend, segment=programs.SEGMENT)
+            x, _, _ = programs.prefill_layer(layer, x, zero, zero, state, Stats.zero(), backend=backend, segment=programs.segment_of(size))
         x.block_until_ready()
 
 

@@ -36,7 +36,7 @@ def layer_mass(
     missed: exact softmax mass of the keys that the policy left closed; middle: of all keys outside the windows, opened or not.
     """
     config = backend.config
-    query, key, value = layer.attention.project(layer.attention_norm(x), jnp.arange(x.shape[0]))
+    query, key, value = layer.attention.project(x, layer.attention_norm, jnp.arange(x.shape[0]))
     length, heads, width = query.shape
     kv_heads, ratio, block = key.shape[1], heads // key.shape[1], config.chunk_size
     scale = 1 / math.sqrt(width)
@@ -97,7 +97,8 @@ def text_mass(
     for i, layer in enumerate(decoder.layers):
         found.append(jax.device_get(layer_mass(layer, x, count, jnp.int32(skip), backend=backend)))
         state = backend.init_state(size, model.config.kv_heads, model.config.head_dim, model.dtype)
-        x, _, _ = programs.prefill_layer(layer, x, jnp.int32(0), count, state, Stats.zero(), backend=backend, segment=programs.SEGMENT)
+        segment = programs.segment_of(size)
+        x, _, _ = programs.prefill_layer(layer, x, jnp.int32(0), count, state, Stats.zero(), backend=backend, segment=segment)
         if on_tokens is not None:
             on_tokens(length * (i + 1) / len(decoder.layers))
     return np.stack([missed for missed, _ in found]), np.stack([middle for _, middle in found])

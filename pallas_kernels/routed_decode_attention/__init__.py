@@ -3,6 +3,7 @@
 from pallas_kernels.routed_decode_attention.api import (
     Bank,
     FreshToken,
+    Merged,
     Partial,
     Plan,
     Windows,
@@ -18,6 +19,7 @@ __all__ = [
     "Bank",
     "Config",
     "FreshToken",
+    "Merged",
     "Partial",
     "Plan",
     "Windows",

@@ -1,6 +1,7 @@
 """The public functions of decode attention; `implementation` picks the kernels or plain XLA.
 
-A decode step is `window_attention` (its stats also feed routing), routing, `plan_bank` where there is a bank, `page_attention`, `merge`.
+A decode step is `window_attention` (its stats also feed routing), `page_attention` over the pages that stay open, routing,
+`page_attention` over those the token opened, `merge`; `plan_bank` before each `page_attention` where there is a bank.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.routed_decode_attention import kernel, xla
 from pallas_kernels.routed_decode_attention.config import Config
-from pallas_kernels.sketch_routing import QueryColumns, query_columns
 
 Implementation = Literal["pallas", "xla"]
 
@@ -68,10 +68,9 @@ class FreshToken(NamedTuple):
 
 
 class Windows(NamedTuple):
-    """What window_attention returns: the partial result, the query columns (None without `rotation`), the array with the token in it."""
+    """What window_attention returns: the partial result and the array with the token in it."""
 
     partial: Partial
-    columns: QueryColumns | None
     window: Float[Array, "K W 2 g H"]
 
 
@@ -83,7 +82,6 @@ def window_attention(
     scale: float,
     pages: Int[Array, " places"] | None = None,
     fresh: FreshToken | None = None,
-    rotation: Float[Array, "H H"] | None = None,
     implementation: Implementation,
     config: Config | None = None,
     interpret: bool = False,
@@ -92,22 +90,20 @@ def window_attention(
 
     pages: which pages of `window` these are (None: its first ones, in order), so that a store of the whole history serves as it is.
     fresh: the newest token, which `valid` already counts: written to its page, in place when `window` is donated.
-    rotation: also return sketch_routing.QueryColumns from the same launch.
     """
     if not _pallas(implementation):
         *part, window = xla.window_attention(query, window, valid, pages, fresh, scale=scale)
-        return Windows(Partial(*part), None if rotation is None else query_columns(query, rotation), window)
-    acc, stats, *rest = kernel.window_attention(
-        query, window, valid, rotation, pages, fresh, scale=scale, config=config or Config(), interpret=interpret
+        return Windows(Partial(*part), window)
+    acc, stats, *after = kernel.window_attention(
+        query, window, valid, pages, fresh, scale=scale, config=config or Config(), interpret=interpret
     )
-    columns = None if rotation is None else QueryColumns(*rest[:2])
-    return Windows(Partial(acc, stats), columns, window if fresh is None else rest[-1])
+    return Windows(Partial(acc, stats), *after or (window,))
 
 
 def plan_bank(
     bank: Bank,
     ids: Int[Array, "K M"],
-    counts: Int[Array, "K 2"],
+    counts: Int[Array, "K _"],
     recency: Int[Array, "K P"],
     needed: Int[Array, ""],
     *,
@@ -129,7 +125,7 @@ def plan_bank(
 def page_attention(
     query: Float[Array, "K G H"],
     ids: Int[Array, "K M"],
-    counts: Int[Array, "K 2"],
+    counts: Int[Array, "K _"],
     store: Float[Array, "K P 2 g H"],
     *,
     scale: float,
@@ -158,18 +154,31 @@ def page_attention(
     return Partial(acc, stats), Bank(*tables) if tables else None
 
 
+class Merged(NamedTuple):
+    """out: attention outputs. targets: the arrays that something was handed over to."""
+
+    out: Float[Array, "K G H"]
+    targets: tuple[Int[Array, "K _"], ...]
+
+
 def merge(
     parts: list[Partial],
     dtype,
     *,
+    hand_over: tuple[tuple[Int[Array, "K _"], Int[Array, "K _"]], ...] = (),
     implementation: Implementation,
     config: Config | None = None,
     interpret: bool = False,
-) -> Float[Array, "K G H"]:
-    """Combine partial results into attention outputs, exactly; a head that saw no key gets zeros."""
+) -> Merged:
+    """Combine partial results into attention outputs, exactly; a head that saw no key gets zeros.
+
+    hand_over: pairs of small arrays (source, target) of equal shapes to copy in the same launch, the targets in place when donated: what
+    the next token needs, written only when nothing of this token reads the old values any more.
+    """
     if not _pallas(implementation):
-        return xla.merge(parts, dtype)
-    return kernel.merge(parts, dtype, config=config or Config(), interpret=interpret)
+        return Merged(xla.merge(parts, dtype), tuple(source for source, _ in hand_over))
+    out, *targets = kernel.merge(parts, dtype, hand_over, config=config or Config(), interpret=interpret)
+    return Merged(out, tuple(targets))
 
 
 def copy_pages(

@@ -1,0 +1,52 @@
+"""Exact attention of many query blocks, each over its windows and the pages opened for it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.routed_prefill_attention import kernel, xla
+from pallas_kernels.routed_prefill_attention.config import Config
+
+Implementation = Literal["pallas", "xla"]
+
+
+def routed_prefill_attention(
+    query: Float[Array, "T N H"],
+    pages: Float[Array, "K P 2 g H"],
+    first_position: Int[Array, ""],
+    count: Int[Array, ""],
+    page_ids: Int[Array, "K B R M"],
+    since: Int[Array, "K B R M"],
+    counts: Int[Array, "K B R"],
+    *,
+    chunk_size: int,
+    sink_chunks: int,
+    local_chunks: int,
+    scale: float,
+    implementation: Implementation,
+    config: Config | None = None,
+    interpret: bool = False,
+) -> tuple[Float[Array, "T N H"], Float[Array, "T N"]]:
+    """Attend the queries at positions first_position, first_position + 1, ... to sinks, local window, own chunk and listed pages.
+
+    query: post-RoPE rows; the first `count` are live, the others give zeros. pages: keys and values of a history that holds all tokens up to
+    the last live query. Block b is chunk first_position // chunk_size + b; the B blocks must cover the T rows wherever they start in a chunk.
+    page_ids: R lists a kv head: one that its G query heads share, or G. counts: slots of a list in use. since: the first row of the chunk
+    (position % chunk_size) that sees the page; chunk_size or more: nobody does. Lists name no page of a window, and none twice.
+
+    Returns (out, lse): attention outputs in query's dtype and the float32 log-sum-exp of the scaled scores. Sums are float32. Raises
+    NotImplementedError for what the kernel cannot take, ValueError for a scale that is not positive or arrays beyond int32 offsets.
+    """
+    if implementation not in ("pallas", "xla"):
+        raise ValueError(f"{implementation=}: choose pallas or xla")
+    if not scale > 0:
+        raise ValueError(f"{scale=} must be positive")
+    if chunk_size % pages.shape[3]:
+        raise ValueError(f"{chunk_size=} must be a multiple of the page's {pages.shape[3]} tokens")
+    arrays = (query, pages, first_position, count, page_ids, since, counts)
+    sizes = {"chunk_size": chunk_size, "sink_chunks": sink_chunks, "local_chunks": local_chunks, "scale": scale}
+    if implementation == "xla":
+        return xla.routed_prefill_attention(*arrays, **sizes)
+    return kernel.routed_prefill_attention(*arrays, **sizes, config=config, interpret=interpret)

@@ -1,0 +1,124 @@
+"""Page lists of all blocks of a prompt under the sketch policy; `implementation` picks the kernels or plain XLA."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.sketch_prefill_routing import kernel, lists, xla
+from pallas_kernels.sketch_prefill_routing.config import Config, Rule, Screen
+from pallas_kernels.sketch_prefill_routing.keys import page_statistics
+
+
+class PageLists(NamedTuple):
+    """What each of B neighbouring chunks of queries sees of the routed middle.
+
+    ids: pages, ascending. since: the first row of the chunk that sees the page (0: requested in the chunk before). counts: slots in use;
+    the others hold anything. stamps: the last chunk in which a page was requested. refused: requests for which a list had no room.
+    unopened: estimated mass of the pages that are not open, summed over live queries, averaged over heads.
+    """
+
+    ids: Int[Array, "K B M"]
+    since: Int[Array, "K B M"]
+    counts: Int[Array, "K B"]
+    stamps: Int[Array, "K P"]
+    refused: Int[Array, ""]
+    unopened: Float[Array, ""]
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """One implementation of each step."""
+
+    probe_mass: Any
+    probe_requests: Any
+    listed_requests: Any
+    listed_mass: Any
+    page_lists: Any
+
+
+def _steps(implementation: str, config: Config, interpret: bool) -> _Steps:
+    if implementation == "xla":
+        return _Steps(xla.probe_mass, xla.probe_requests, xla.listed_requests, xla.listed_mass, xla.page_lists)
+    if implementation != "pallas":
+        raise ValueError(f"{implementation=}: choose pallas or xla")
+    functions = (kernel.probe_mass, kernel.probe_requests, kernel.listed_requests, kernel.listed_mass, lists.page_lists)
+    return _Steps(*(partial(function, config=config, interpret=interpret) for function in functions))
+
+
+def route(
+    query: Float[Array, "T N H"],
+    pages: Float[Array, "K P 2 g H"],
+    sketched: Float[Array, "K g P H"],
+    stamps: Int[Array, "K P"],
+    first_position: Int[Array, ""],
+    count: Int[Array, ""],
+    *,
+    rule: Rule,
+    threshold: float,
+    capacity: int,
+    screen: Screen | None = None,
+    implementation: Literal["pallas", "xla"],
+    config: Config | None = None,
+    interpret: bool = False,
+) -> PageLists:
+    """Route the first `count` queries, at positions first_position, first_position + 1, ...
+
+    query: post-RoPE. pages: the exact history, which holds all keys up to the last live query's. sketched: from keys.sketched_keys.
+    A probing row asks for every page whose share of its estimated attention mass reaches `threshold`; all heads of the kv head see it from
+    that row on to the end of the next chunk. Requests beyond `capacity` pages a list are refused, in order of (row, page id).
+
+    screen None: every query probes every page by its sketched keys. Otherwise only every screen.stride-th query probes, first by the pages'
+    means and spreads; those that reach threshold * screen.margin are its candidates, and those of earlier probes of its chunk and of
+    the chunk before (if the same call holds it). Among them it asks by their sketched keys, against the mass as first estimated.
+    Nothing depends on a later query. Source: DESIGN section 2 of the project, measured in config.Screen.
+    """
+    steps = _steps(implementation, config or Config(), interpret)
+    bounds = jnp.stack([first_position, count]).astype(jnp.int32)
+    capacity = min(capacity, stamps.shape[1])
+    if screen is None:
+        rule, keys, spreads = replace(rule, stride=1), sketched, None
+    else:
+        rule = replace(rule, stride=screen.stride, spread=screen.spread)
+        keys, spreads = page_statistics(sketched)
+    window, mass = steps.probe_mass(query, bounds, pages, keys, spreads, rule=rule)
+    if screen is None:
+        first = steps.probe_requests(query, bounds, keys, spreads, mass, threshold=threshold, rule=rule)
+    else:
+        wide = steps.probe_requests(query, bounds, keys, spreads, mass, threshold=threshold * screen.margin, rule=rule)
+        never = jnp.full_like(stamps, -2)
+        *candidates, counts = steps.page_lists(wide, never, bounds, capacity=min(screen.capacity, stamps.shape[1]), rule=rule)
+        asked = (query, bounds, sketched, mass, *candidates, counts[..., 0])
+        first = steps.listed_requests(*asked, threshold=threshold * screen.threshold, rule=rule)
+    ids, since, counts, stamps = _lists(first, stamps, bounds, steps, capacity=capacity, rule=rule)
+    opened = steps.listed_mass(query, bounds, keys, spreads, mass, ids, since, counts[..., 0], rule=rule)
+    unopened = jnp.maximum(1 - jnp.exp(window - mass) - opened, 0)
+    unopened = jnp.where(_live(bounds, unopened.shape[1:], query.shape[1] // len(pages), rule), unopened, 0).sum()
+    return PageLists(ids, since, counts[..., 0], stamps, counts[..., 1].sum(), unopened * (rule.stride / query.shape[1]))
+
+
+def _lists(first, stamps, bounds, steps: _Steps, *, capacity: int, rule: Rule) -> tuple[Array, Array, Array, Array]:
+    """Blocks do not depend on each other unless one refuses requests: those are forgotten, and the next block does not see them."""
+    ids, since, counts = steps.page_lists(first, stamps, bounds, capacity=capacity, rule=rule)
+
+    def apart() -> tuple[Array, Array, Array, Array]:
+        own = bounds[0] // rule.chunk_size + jnp.arange(first.shape[1])
+        asked = xla.first_asked(first, bounds, rule) < rule.chunk_size
+        return ids, since, counts, jnp.maximum(stamps, jnp.where(asked, own[:, None], -2).max(1))
+
+    def in_order() -> tuple[Array, Array, Array, Array]:
+        return xla.lists_in_order(first, stamps, bounds, capacity=capacity, rule=rule)
+
+    return lax.cond(jnp.any(counts[..., 1] > 0), in_order, apart)
+
+
+def _live(bounds: Int[Array, " 2"], shape: tuple[int, int], ratio: int, rule: Rule) -> Array:
+    """Which rows [B, r] are live queries."""
+    chunk = bounds[0] // rule.chunk_size + jnp.arange(shape[0])[:, None]
+    index = chunk * rule.chunk_size + jnp.arange(shape[1]) // ratio * rule.stride - bounds[0]
+    return (index >= 0) & (index < bounds[1])

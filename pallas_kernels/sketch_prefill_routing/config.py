@@ -1,0 +1,85 @@
+"""What the prefill routing kernels are told: the rule (data of the policy) and tunables."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pallas_kernels.limits import power_of_two
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Which queries probe the history, and how a page is scored.
+
+    chunk_size, group_size: tokens in a chunk (one query block) and in a page. sink_chunks, local_chunks: the windows around the routed
+    middle. stride: positions p with p % stride == 0 are probes; the other queries ask for nothing themselves.
+    scale: of the scores. spread: how many standard deviations above its mean a page counts, where a page is summarised by both.
+    """
+
+    chunk_size: int
+    group_size: int
+    sink_chunks: int
+    local_chunks: int
+    scale: float
+    stride: int = 1
+    spread: float = 0.0
+
+    def __post_init__(self):
+        if self.chunk_size % self.group_size or self.chunk_size % self.stride:
+            raise ValueError(f"chunk_size={self.chunk_size} must be a multiple of group_size={self.group_size} and stride={self.stride}")
+
+    @property
+    def pages_per_chunk(self) -> int:
+        return self.chunk_size // self.group_size
+
+    @property
+    def probes(self) -> int:
+        """Probing positions in a chunk."""
+        return self.chunk_size // self.stride
+
+    def blocks(self, queries: int) -> int:
+        """Chunks that so many neighbouring queries touch at most."""
+        return -(-(queries - 1) // self.chunk_size) + 1
+
+
+@dataclass(frozen=True)
+class Screen:
+    """The cheap pass before sketches are read.
+
+    stride: every how manyth query probes. spread: standard deviations above its mean that a page counts for: the largest of 16 Gaussian
+    scores lies 1.77 above their mean. margin: share of the threshold that makes a page a candidate. threshold: factor on the threshold of
+    the queries that do probe, below 1 to make up for those that do not. capacity: most candidates of a chunk, in order of (row, page id).
+    """
+
+    stride: int = 4
+    spread: float = 1.0
+    margin: float = 1 / 16
+    threshold: float = 0.75
+    capacity: int = 1024
+
+    def __post_init__(self):
+        if self.stride < 1 or self.capacity < 1 or not self.spread >= 0:
+            raise ValueError(f"stride={self.stride} and capacity={self.capacity} must be positive, spread={self.spread} not negative")
+        if not 0 < self.margin <= 1 or not self.threshold > 0:
+            raise ValueError(f"margin={self.margin} must lie in (0, 1] and threshold={self.threshold} be positive")
+
+
+@dataclass(frozen=True)
+class Config:
+    """rows: (query, head) rows of one program, at most. pages: pages scored in one step. warps, stages: of the scoring kernels.
+    list_pages, list_warps: pages that the list kernel looks at in one step, and its warps.
+    """
+
+    rows: int = 128
+    pages: int = 64
+    warps: int = 8
+    stages: int = 2
+    list_pages: int = 4096
+    list_warps: int = 8
+
+    def __post_init__(self):
+        for name in ("rows", "pages", "warps", "list_pages", "list_warps"):
+            if not power_of_two(getattr(self, name)):
+                raise ValueError(f"{name}={getattr(self, name)} must be a power of two")
+        if self.rows < 16 or self.pages < 16:
+            raise ValueError(f"rows={self.rows} and pages={self.pages} must be at least 16: the smallest matmul of the tensor cores")

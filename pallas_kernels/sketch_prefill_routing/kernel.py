@@ -1,0 +1,374 @@
+"""The scoring kernels: probe queries against pages, four ways, one program per (row tile, block, kv head).
+
+A row is one head of one probing query; a block is one chunk of queries. A page's score is the largest of its `parts` vectors' dot products
+with the row (16 sketched keys, or one mean plus so many standard deviations). The vectors are stored part-major, [K, parts, P, H], so that
+the maximum is taken between accumulators: no shuffles.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.indexing import outer, span
+from pallas_kernels.limits import check_offsets, power_of_two
+from pallas_kernels.sketch_prefill_routing.config import Config, Rule
+
+LOG2E = math.log2(math.e)
+LOWEST = -1e30  # in place of -inf where differences are taken
+
+
+def unsupported(query: Any, pages: Any, chunk_size: int, group_size: int) -> str | None:
+    """Why the kernels cannot take these arrays (or shapes), or None."""
+    if not (power_of_two(chunk_size) and power_of_two(group_size) and chunk_size >= 16):
+        return f"{chunk_size=} and {group_size=} are not powers of two of at least 16 tokens a chunk"
+    if query.dtype != pages.dtype or query.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        return f"queries are {query.dtype}, keys {pages.dtype}"
+    if max(math.prod(query.shape), math.prod(pages.shape)) >= 2**31:
+        return f"query {query.shape} or pages {pages.shape} exceed int32 offsets"
+    return None
+
+
+class _Probes(NamedTuple):
+    """The rows of one program."""
+
+    query: Array  # [rows, H padded]
+    row: Array  # [rows] number in the block
+    inside: Array  # [rows] whether the block has such a row
+    position: Array  # [rows]
+    offset: Array  # [rows] from the chunk's first position
+    live: Array  # [rows] whether it is one of the queries
+    own_chunk: Array
+    block_live: Array
+
+
+def row_tiles(rule: Rule, ratio: int, config: Config) -> tuple[int, int]:
+    """(row tiles a block, rows a tile), where `ratio` query heads share a kv head."""
+    rows = rule.probes * ratio
+    size = max(16, min(config.rows, pl.next_power_of_2(rows)))
+    return -(-rows // size), size
+
+
+def _probes(tile: Any, block: Any, k: Any, bounds_ref: Any, query_ref: Any, ratio: int, size: int, rule: Rule) -> _Probes:
+    first_position, count = bounds_ref[0], bounds_ref[1]
+    own_chunk = first_position // rule.chunk_size + block
+    row = span(tile * size, size)
+    offset = row // ratio * rule.stride
+    position = own_chunk * rule.chunk_size + offset
+    index = position - first_position
+    inside = row < rule.probes * ratio
+    live = inside & (index >= 0) & (index < count)
+    head_dim = query_ref.shape[2]
+    dim = span(0, pl.next_power_of_2(head_dim))
+    query = plgpu.load(
+        query_ref.at[jnp.where(live, index, 0)[:, None], (k * ratio + row % ratio)[:, None], dim[None, :]],
+        mask=live[:, None] & (dim < head_dim)[None, :],
+        other=0,
+    )
+    return _Probes(query, row, inside, position, offset, live, own_chunk, own_chunk * rule.chunk_size < first_position + count)
+
+
+def _dot(a: Array, b: Array) -> Array:
+    """a @ b.T in float32; float32 operands at full precision."""
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return lax.dot_general(a, b, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
+
+
+def _page_scores(probes: _Probes, keys_ref: Any, spreads_ref: Any, norm: Any, k: Any, page: Any, present: Any, rule: Rule) -> Array:
+    """Scores [rows, pages] in powers of two."""
+    parts, head_dim = keys_ref.shape[1], keys_ref.shape[3]
+    dim = span(0, pl.next_power_of_2(head_dim))
+    mask = present[:, None] & (dim < head_dim)[None, :]
+
+    def products(part: Any) -> Array:
+        return _dot(probes.query, plgpu.load(keys_ref.at[outer(k, part, page, dim)], mask=mask, other=0))
+
+    best = products(0)
+    if parts > 1:
+        best = lax.fori_loop(1, parts, lambda j, best: jnp.maximum(best, products(j)), best)
+    if spreads_ref is not None:
+        best += norm[:, None] * plgpu.load(spreads_ref.at[k, page], mask=present, other=0)[None, :]
+    return best * (rule.scale * LOG2E)
+
+
+def _norm(probes: _Probes, spreads_ref: Any, rule: Rule) -> Any:
+    if spreads_ref is None:
+        return None
+    wide = probes.query.astype(jnp.float32)
+    return rule.spread * jnp.sqrt(jnp.sum(wide * wide, axis=1))
+
+
+def _middle(own_chunk: Any, rule: Rule) -> tuple[Any, Any]:
+    """First page of the routed middle and the page after its last."""
+    first = rule.sink_chunks * rule.pages_per_chunk
+    return first, jnp.maximum(own_chunk - rule.local_chunks, rule.sink_chunks) * rule.pages_per_chunk
+
+
+def _mass_kernel(
+    bounds_ref,  # [2] i32: position of query row 0, live rows
+    query_ref,  # [T, N, H]
+    pages_ref,  # [K, P, 2, g, H] exact keys and values
+    keys_ref,  # [K, parts, P, H] what pages are scored by
+    *refs,  # spreads [K, P] f32 (if pages are means), then out f32 [K, B, rows] twice
+    ratio: int,
+    size: int,
+    rule: Rule,
+    config: Config,
+):
+    spreads_ref, window_ref, mass_ref = refs if len(refs) == 3 else (None, *refs)
+    tile, block, k = pl.program_id(0), pl.num_programs(1) - 1 - pl.program_id(1), pl.program_id(2)
+    probes = _probes(tile, block, k, bounds_ref, query_ref, ratio, size, rule)
+
+    @pl.when(probes.block_live)
+    def _():
+        head_dim = pages_ref.shape[4]
+        dim = span(0, pl.next_power_of_2(head_dim))
+        local = jnp.maximum(probes.own_chunk - rule.local_chunks, 0)
+        sinks = jnp.minimum(rule.sink_chunks, local)
+        unit = rule.scale * LOG2E
+
+        def add(carry: tuple, scores: Array) -> tuple:
+            peak, total = carry
+            higher = jnp.maximum(peak, jnp.max(scores, axis=1))
+            return higher, total * jnp.exp2(peak - higher) + jnp.sum(jnp.exp2(scores - higher[:, None]), axis=1)
+
+        def window(i: Any, carry: tuple) -> tuple:
+            chunk = jnp.where(i < sinks, i, local + i - sinks)
+            token = span(0, rule.chunk_size)
+            page, slot = chunk * rule.pages_per_chunk + token // rule.group_size, token % rule.group_size
+            keys = plgpu.load(
+                pages_ref.at[jnp.broadcast_to(k, (1, 1)), page[:, None], jnp.zeros((1, 1), jnp.int32), slot[:, None], dim[None, :]],
+                mask=jnp.broadcast_to((dim < head_dim)[None, :], (rule.chunk_size, dim.shape[0])),
+                other=0,
+            )
+            seen = (chunk * rule.chunk_size + token)[None, :] <= probes.position[:, None]
+            return add(carry, jnp.where(seen, _dot(probes.query, keys) * unit, -jnp.inf))
+
+        start = (jnp.full((size,), LOWEST, jnp.float32), jnp.zeros((size,), jnp.float32))
+        windows = lax.fori_loop(0, sinks + probes.own_chunk - local + 1, window, start)
+        norm = _norm(probes, spreads_ref, rule)
+        first, end = _middle(probes.own_chunk, rule)
+
+        def middle(i: Any, carry: tuple) -> tuple:
+            page = span(first + i * config.pages, config.pages)
+            scores = _page_scores(probes, keys_ref, spreads_ref, norm, k, page, page < end, rule)
+            return add(carry, jnp.where((page < end)[None, :], scores, -jnp.inf))
+
+        everything = lax.fori_loop(0, (end - first + config.pages - 1) // config.pages, middle, windows)
+        for ref, (peak, total) in ((window_ref, windows), (mass_ref, everything)):
+            mass = (peak + jnp.log2(jnp.where(total > 0, total, 1))) / LOG2E
+            plgpu.store(ref.at[outer(k, block, probes.row)], mass, mask=probes.inside)
+
+
+def _bound(mass_ref: Any, k: Any, block: Any, probes: _Probes, threshold: float) -> Array:
+    mass = plgpu.load(mass_ref.at[outer(k, block, probes.row)], mask=probes.inside, other=0)
+    return jnp.where(probes.live, (mass + math.log(threshold)) * LOG2E, jnp.inf)
+
+
+def _first_rows(scores: Array, bound: Array, allowed: Any, probes: _Probes, none: int) -> Array:
+    """The first row of the chunk that asks for each page."""
+    asking = scores >= bound[:, None]
+    if allowed is not None:
+        asking = asking & (allowed[None, :] <= probes.offset[:, None])
+    return jnp.min(jnp.where(asking, probes.offset[:, None], none), axis=0)
+
+
+def _request_kernel(
+    bounds_ref,  # [2] i32: position of query row 0, live rows
+    query_ref,  # [T, N, H]
+    keys_ref,  # [K, parts, P, H]
+    mass_ref,  # [K, B, rows] f32
+    *refs,  # spreads [K, P] f32 (if pages are means), then out [K, B, tiles, P]
+    ratio: int,
+    size: int,
+    threshold: float,
+    rule: Rule,
+    config: Config,
+):
+    spreads_ref, first_ref = refs if len(refs) == 2 else (None, *refs)
+    tile, block, k = pl.program_id(0), pl.num_programs(1) - 1 - pl.program_id(1), pl.program_id(2)
+    probes = _probes(tile, block, k, bounds_ref, query_ref, ratio, size, rule)
+
+    @pl.when(probes.block_live)
+    def _():
+        bound = _bound(mass_ref, k, block, probes, threshold)
+        norm = _norm(probes, spreads_ref, rule)
+        first, end = _middle(probes.own_chunk, rule)
+
+        def step(i: Any, _: None) -> None:
+            page = span(first + i * config.pages, config.pages)
+            scores = _page_scores(probes, keys_ref, spreads_ref, norm, k, page, page < end, rule)
+            rows = _first_rows(scores, bound, None, probes, rule.chunk_size)
+            plgpu.store(first_ref.at[outer(k, block, tile, page)], rows.astype(first_ref.dtype), mask=page < end)
+
+        lax.fori_loop(0, (end - first + config.pages - 1) // config.pages, step, None)
+
+
+def _listed_kernel(
+    bounds_ref,  # [2] i32: position of query row 0, live rows
+    query_ref,  # [T, N, H]
+    keys_ref,  # [K, parts, P, H]
+    mass_ref,  # [K, B, rows] f32
+    ids_ref,  # [K, B, M] i32
+    since_ref,  # [K, B, M] i32
+    counts_ref,  # [K, B] i32
+    *refs,  # spreads [K, P] f32 (if pages are means), [requests only: the buffer of out,] out
+    ratio: int,
+    size: int,
+    threshold: float | None,
+    rule: Rule,
+    config: Config,
+):
+    """With a threshold: requests among the listed pages, scattered to [K, B, tiles, P]. Without: listed pages' mass, [K, B, rows]."""
+    spreads_ref = refs[0] if len(refs) == (2 if threshold is None else 3) else None
+    out_ref = refs[-1]
+    tile, block, k = pl.program_id(0), pl.num_programs(1) - 1 - pl.program_id(1), pl.program_id(2)
+    probes = _probes(tile, block, k, bounds_ref, query_ref, ratio, size, rule)
+
+    @pl.when(probes.block_live)
+    def _():
+        bound = _bound(mass_ref, k, block, probes, threshold or 1.0)
+        norm = _norm(probes, spreads_ref, rule)
+        count = counts_ref[k, block]
+
+        def listed(i: Any) -> tuple[Array, Array, Array, Array]:
+            slot = span(i * config.pages, config.pages)
+            there = slot < count
+            page = plgpu.load(ids_ref.at[outer(k, block, slot)], mask=there, other=0)
+            since = plgpu.load(since_ref.at[outer(k, block, slot)], mask=there, other=rule.chunk_size)
+            return there, page, since, _page_scores(probes, keys_ref, spreads_ref, norm, k, page, there, rule)
+
+        def request(i: Any, _: None) -> None:
+            there, page, since, scores = listed(i)
+            rows = _first_rows(scores, bound, since, probes, rule.chunk_size)
+            page = jnp.where(there, page, out_ref.shape[3])
+            plgpu.store(out_ref.at[outer(k, block, tile, page)], rows.astype(out_ref.dtype), mask=there)
+
+        def weigh(i: Any, total: Array) -> Array:
+            _, _, since, scores = listed(i)
+            seen = since[None, :] <= probes.offset[:, None]
+            return total + jnp.sum(jnp.where(seen, jnp.exp2(scores - bound[:, None]), 0), axis=1)
+
+        steps = (count + config.pages - 1) // config.pages
+        if threshold is not None:
+            lax.fori_loop(0, steps, request, None)
+        else:
+            total = lax.fori_loop(0, steps, weigh, jnp.zeros((size,), jnp.float32))
+            plgpu.store(out_ref.at[outer(k, block, probes.row)], total, mask=probes.inside)
+
+
+def none_dtype(rule: Rule) -> Any:
+    """What "first row that asks" is stored as; chunk_size itself stands for no row."""
+    return jnp.int8 if rule.chunk_size < 128 else jnp.int32
+
+
+def _call(
+    kernel: Any, name: str, shapes: Any, operands: list, rule: Rule, config: Config, interpret: bool, aliases: Any = None, **settings
+):
+    """One launch of a scoring kernel; operands that are None are left out. The first two are bounds and query."""
+    operands = [x for x in operands if x is not None]
+    check_offsets(**{f"operand {i}": x for i, x in enumerate((*operands, *jax.tree.leaves(shapes)))})
+    query, ratio = operands[1], settings["ratio"]
+    tiles, size = row_tiles(rule, ratio, config)
+    return pl.pallas_call(
+        partial(kernel, size=size, rule=rule, config=config, **settings),
+        grid=(tiles, rule.blocks(query.shape[0]), query.shape[1] // ratio),
+        in_specs=[pl.no_block_spec] * len(operands),
+        out_specs=jax.tree.map(lambda _: pl.no_block_spec, shapes),
+        out_shape=shapes,
+        input_output_aliases=aliases or {},
+        compiler_params=plgpu.CompilerParams(num_warps=config.warps, num_stages=config.stages),
+        interpret=interpret,
+        name=name,
+    )(*operands)
+
+
+def probe_mass(
+    query: Float[Array, "T N H"],
+    bounds: Int[Array, " 2"],
+    pages: Float[Array, "K P 2 g H"],
+    keys: Float[Array, "K parts P H"],
+    spreads: Float[Array, "K P"] | None,
+    *,
+    rule: Rule,
+    config: Config,
+    interpret: bool,
+) -> tuple[Float[Array, "K B r"], Float[Array, "K B r"]]:
+    """Log of the summed exponentials of each probing row's exact window scores, and of those and all page scores together."""
+    kv_heads, ratio = keys.shape[0], query.shape[1] // keys.shape[0]
+    shape = jax.ShapeDtypeStruct((kv_heads, rule.blocks(query.shape[0]), rule.probes * ratio), jnp.float32)
+    operands = [bounds, query, pages, keys, spreads]
+    return _call(_mass_kernel, "probe_mass", (shape, shape), operands, rule, config, interpret, ratio=ratio)
+
+
+def probe_requests(
+    query: Float[Array, "T N H"],
+    bounds: Int[Array, " 2"],
+    keys: Float[Array, "K parts P H"],
+    spreads: Float[Array, "K P"] | None,
+    mass: Float[Array, "K B r"],
+    *,
+    threshold: float,
+    rule: Rule,
+    config: Config,
+    interpret: bool,
+) -> Int[Array, "K B tiles P"]:
+    """The first row of each chunk that asks for a page, by row tile; what lies outside a block's routed middle is not written."""
+    ratio = query.shape[1] // keys.shape[0]
+    tiles, _ = row_tiles(rule, ratio, config)
+    shape = jax.ShapeDtypeStruct((*mass.shape[:2], tiles, keys.shape[2]), none_dtype(rule))
+    operands = [bounds, query, keys, mass, spreads]
+    return _call(_request_kernel, "probe_requests", shape, operands, rule, config, interpret, ratio=ratio, threshold=threshold)
+
+
+def listed_requests(
+    query: Float[Array, "T N H"],
+    bounds: Int[Array, " 2"],
+    keys: Float[Array, "K parts P H"],
+    mass: Float[Array, "K B r"],
+    ids: Int[Array, "K B M"],
+    since: Int[Array, "K B M"],
+    counts: Int[Array, "K B"],
+    *,
+    threshold: float,
+    rule: Rule,
+    config: Config,
+    interpret: bool,
+) -> Int[Array, "K B tiles P"]:
+    """The same for listed pages alone, each from the row `since` which it is listed; chunk_size for all others."""
+    ratio = query.shape[1] // keys.shape[0]
+    tiles, _ = row_tiles(rule, ratio, config)
+    empty = jnp.full((*mass.shape[:2], tiles, keys.shape[2]), rule.chunk_size, none_dtype(rule))
+    operands = [bounds, query, keys, mass, ids, since, counts, empty]
+    shape = jax.ShapeDtypeStruct(empty.shape, empty.dtype)
+    settings = {"ratio": ratio, "threshold": threshold, "aliases": {7: 0}}
+    return _call(_listed_kernel, "listed_requests", shape, operands, rule, config, interpret, **settings)
+
+
+def listed_mass(
+    query: Float[Array, "T N H"],
+    bounds: Int[Array, " 2"],
+    keys: Float[Array, "K parts P H"],
+    spreads: Float[Array, "K P"] | None,
+    mass: Float[Array, "K B r"],
+    ids: Int[Array, "K B M"],
+    since: Int[Array, "K B M"],
+    counts: Int[Array, "K B"],
+    *,
+    rule: Rule,
+    config: Config,
+    interpret: bool,
+) -> Float[Array, "K B r"]:
+    """The share of each probing row's mass that lies in the listed pages it sees."""
+    ratio = query.shape[1] // keys.shape[0]
+    operands = [bounds, query, keys, mass, ids, since, counts, spreads]
+    shape = jax.ShapeDtypeStruct(mass.shape, jnp.float32)
+    return _call(_listed_kernel, "listed_mass", shape, operands, rule, config, interpret, ratio=ratio, threshold=None)

@@ -1,0 +1,94 @@
+"""Prefill by page lists, all blocks at once, is prefill block by block: same outputs, visible keys, state and statistics."""
+
+from dataclasses import fields, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hga_jax.attention import HGAAttention
+from hga_jax.blocks import attend, summarise_new
+from hga_jax.config import HGAConfig
+from hga_jax.listed import attend_listed
+from hga_jax.policies import policy_for
+
+CONFIG = HGAConfig(chunk_size=16, group_size=4, sink_chunks=1, local_chunks=1, threshold=0.02)
+
+
+def tensors(tokens, heads=4, kv_heads=2, head_dim=16, seed=0):
+    rng = np.random.default_rng(seed)
+    topics = rng.standard_normal((6, head_dim))
+    keys = np.repeat(topics[rng.integers(0, 6, tokens // 4 + 1)], 4, axis=0)[:tokens, None] + 0.6 * rng.standard_normal(
+        (tokens, kv_heads, head_dim)
+    )
+    query = 2 * topics[rng.integers(0, 6, (tokens, heads))] + rng.standard_normal((tokens, heads, head_dim))
+    return tuple(jnp.asarray(x, jnp.float32) for x in (query, keys, rng.standard_normal(keys.shape)))
+
+
+def both(config, pieces, tokens=200, implementation="xla"):
+    """Outputs, visible keys, state and statistics after each piece (rows given, rows that count), by each way."""
+    q, k, v = tensors(tokens)
+    policy = policy_for(config, None, 16, 0.25)
+
+    def step(state, q, k, v, count, listed):
+        start = state.length
+        state = replace(state, history=state.history.append(k, v, count))
+        state = summarise_new(state, start, k.shape[0], config, policy)
+        if listed:
+            return attend_listed(q, start, count, state, config, policy, 0.25, implementation)[:4]
+        return attend(q, start, count, state, config, policy, 0.25)
+
+    results = []
+    for listed in (False, True):
+        state, begin, made = HGAAttention(config).init_state(256, 2, 16, jnp.float32), 0, []
+        run = jax.jit(lambda *x, listed=listed: step(*x, listed))
+        for rows, count in pieces:
+            part = (jnp.pad(x[begin : begin + count], ((0, rows - count), (0, 0), (0, 0)), constant_values=5.0) for x in (q, k, v))
+            out, visible, state, stats = run(state, *part, jnp.int32(count))
+            made.append((out, visible, state.stamps, stats))
+            begin += count
+        results.append(made)
+    return results
+
+
+def compare(block_by_block, at_once):
+    for (out, visible, stamps, stats), (out_2, visible_2, stamps_2, stats_2) in zip(block_by_block, at_once, strict=True):
+        np.testing.assert_array_equal(visible_2, visible)
+        np.testing.assert_array_equal(stamps_2, stamps)
+        np.testing.assert_allclose(out_2, out, atol=2e-5)
+        for field in fields(stats):
+            np.testing.assert_allclose(getattr(stats_2, field.name), getattr(stats, field.name), rtol=1e-4, atol=1e-3, err_msg=field.name)
+
+
+def test_prompt_in_two_calls_that_meet_inside_a_chunk():
+    block_by_block, at_once = both(CONFIG, [(120, 107), (120, 93)])
+    compare(block_by_block, at_once)
+    assert block_by_block[1][3].refused == 0
+    assert block_by_block[1][3].unopened > 0
+
+
+def test_requests_are_refused_in_the_same_order():
+    block_by_block, at_once = both(replace(CONFIG, page_capacity=5), [(200, 200)])
+    compare(block_by_block, at_once)
+    assert block_by_block[0][3].refused > 0
+
+
+@pytest.mark.gpu
+def test_kernels_on_a_gpu():
+    with jax.default_matmul_precision("highest"):  # XLA's own default on these GPUs has 10 bits
+        compare(*both(CONFIG, [(120, 107), (120, 93)], implementation="pallas"))
+        compare(*both(replace(CONFIG, page_capacity=5), [(200, 200)], implementation="pallas"))
+
+
+def test_screening_opens_nearly_the_same_pages():
+    """Every query probes and every page is a candidate: the full scan, but for its estimate of the total mass."""
+    loose = replace(CONFIG, screening="on", screen_stride=1, screen_margin=1e-6, screen_threshold=1.0)
+    q, k, v = tensors(200)
+    seen = []
+    for config in (CONFIG, loose):
+        backend = HGAAttention(config)
+        out, _, stats = jax.jit(backend.prefill)(q, k, v, backend.init_state(200, 2, 16, jnp.float32), jnp.int32(200))
+        seen.append(float(stats.attended))
+        assert np.all(np.isfinite(out))
+    assert abs(seen[1] / seen[0] - 1) < 0.1

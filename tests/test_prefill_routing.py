@@ -1,0 +1,136 @@
+"""Prefill routing: kernels and XLA decide what float64 numpy decides, and nothing depends on a later query."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.sketch_prefill_routing import Config, Rule, Screen, route
+from pallas_kernels.sketch_prefill_routing.keys import page_statistics, sketched_keys
+from pallas_kernels.sketch_prefill_routing.reference import reference_route
+from pallas_kernels.sketch_routing import sketch_chunks
+
+RUNS = ["xla", "interpret", pytest.param("native", marks=pytest.mark.gpu)]
+SMALL = Config(rows=16, pages=16, list_pages=16)
+CHUNK, GROUP = 16, 4
+
+
+def settings(run):
+    if run == "xla":
+        return {"implementation": "xla"}
+    return {"implementation": "pallas", "interpret": run == "interpret", "config": SMALL if run == "interpret" else Config()}
+
+
+def problem(tokens, queries, heads=4, kv_heads=2, head_dim=16, seed=0, dtype=np.float32):
+    """Keys in clusters, so that some pages matter far more than others."""
+    rng = np.random.default_rng(seed)
+    topics = rng.standard_normal((6, head_dim))
+    topic = rng.integers(0, 6, tokens // GROUP)
+    keys = np.repeat(topics[topic], GROUP, axis=0)[None] + 0.6 * rng.standard_normal((kv_heads, tokens, head_dim))
+    query = 2 * topics[rng.integers(0, 6, (queries, heads))] + rng.standard_normal((queries, heads, head_dim))
+    rotation = np.linalg.qr(rng.standard_normal((head_dim, head_dim)))[0].astype(np.float32)
+    keys, query = (np.asarray(jnp.asarray(x, dtype)) for x in (keys, query))
+    sketches = sketch_chunks(jnp.asarray(keys, jnp.float32), jnp.asarray(rotation), CHUNK)
+    sketched = sketched_keys(*(jnp.asarray(x, x.dtype if x.dtype == jnp.uint8 else dtype) for x in sketches), jnp.asarray(rotation), GROUP)
+    pages = jnp.stack([jnp.asarray(keys), jnp.zeros(keys.shape, dtype)]).reshape(2, kv_heads, -1, GROUP, head_dim).transpose(1, 2, 0, 3, 4)
+    return query, keys, sketched, pages
+
+
+def rule_of(head_dim=16):
+    return Rule(CHUNK, GROUP, sink_chunks=1, local_chunks=1, scale=head_dim**-0.5)
+
+
+def listed(lists, kv_heads, first, count):
+    """visible[k][t]: the pages that the query at position t sees."""
+    ids, since, counts = (np.asarray(x) for x in (lists.ids, lists.since, lists.counts))
+    visible = [{} for _ in range(kv_heads)]
+    for k in range(kv_heads):
+        for t in range(first, first + count):
+            block = t // CHUNK - first // CHUNK
+            used = slice(0, counts[k, block])
+            assert np.all(np.diff(ids[k, block, used]) > 0)
+            visible[k][t] = set(ids[k, block, used][since[k, block, used] <= t % CHUNK].tolist())
+    return visible
+
+
+def run_route(run, data, first, count, stamps, screen=None, capacity=64, threshold=0.03):
+    query, _, sketched, pages = data
+    rules = {"rule": rule_of(query.shape[2]), "threshold": threshold, "capacity": capacity, "screen": screen}
+    call = jax.jit(lambda q, p, s, st, f, c: route(q, p, s, st, f, c, **rules, **settings(run)))
+    return call(jnp.asarray(query), pages, sketched, jnp.asarray(stamps), jnp.int32(first), jnp.int32(count))
+
+
+def check(run, data, first, count, stamps, screen=None, capacity=64, threshold=0.03):
+    query, keys, sketched, _ = data
+    lists = run_route(run, data, first, count, stamps, screen, capacity, threshold)
+    numbers = {"scale": query.shape[2] ** -0.5, "threshold": threshold, "capacity": capacity}
+    shape = {"chunk_size": CHUNK, "group_size": GROUP, "sink_chunks": 1, "local_chunks": 1}
+    by_token = np.asarray(sketched, np.float64).swapaxes(1, 2).reshape(keys.shape)
+    pruned = screen and {name: getattr(screen, name) for name in ("stride", "spread", "margin", "threshold", "capacity")}
+    expected, after, refused, unopened, closest = reference_route(
+        query, keys, by_token, stamps, first, count, **shape, **numbers, screen=pruned
+    )
+    assert closest > 1e-5, "pick another seed: float32 may decide otherwise"
+    assert listed(lists, len(keys), first, count) == expected
+    np.testing.assert_array_equal(lists.stamps, after)
+    assert int(lists.refused) == refused
+    np.testing.assert_allclose(lists.unopened, unopened, rtol=1e-4, atol=1e-4)
+    return expected, refused
+
+
+def never(data):
+    return np.full((len(data[1]), data[1].shape[1] // GROUP), -2, np.int32)
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("screen", [None, Screen(stride=4, spread=1.5, margin=0.3, threshold=0.8)])
+def test_whole_prompt_from_the_start(run, screen):
+    data = problem(160, 150)
+    expected, _ = check(run, data, 0, 147, never(data), screen)  # count < T
+    assert 0 < np.mean([len(pages) for pages in expected[0].values()]) < 20
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("screen", [None, Screen(stride=2, spread=1.0, margin=0.5)])
+def test_call_that_starts_inside_a_chunk_with_requests_remembered(run, screen):
+    data = problem(128, 40, heads=3, kv_heads=1, head_dim=24, seed=1)
+    stamps = never(data)
+    stamps[0, [5, 7, 9]] = [4, 3, 5]  # chunk 5 is the first of this call: the request in chunk 3 is forgotten
+    check(run, data, 5 * CHUNK + 3, 40, stamps, screen)
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("screen", [None, Screen(stride=2, spread=1.5, margin=0.3, capacity=5)])
+def test_requests_beyond_the_capacity_are_refused_in_order(run, screen):
+    data = problem(160, 150, seed=2)
+    _, refused = check(run, data, 0, 150, never(data), screen, capacity=4)
+    assert refused > 0
+
+
+@pytest.mark.parametrize("run", ["xla", "interpret"])
+@pytest.mark.parametrize("screen", [None, Screen(stride=4, spread=1.5, margin=0.3)])
+def test_no_query_sees_what_only_a_later_one_asked_for(run, screen):
+    """Other queries from position 101 on leave what all before them see unchanged."""
+    data = problem(160, 150, seed=3)
+    before = listed(run_route(run, data, 0, 150, never(data), screen), 2, 0, 101)
+    query = data[0].copy()
+    query[101:] = np.random.default_rng(9).standard_normal(query[101:].shape) * 3
+    after = listed(run_route(run, (query, *data[1:]), 0, 150, never(data), screen), 2, 0, 101)
+    assert before == after
+
+
+def test_sketched_keys_are_what_the_sketches_say():
+    rng = np.random.default_rng(0)
+    keys = rng.standard_normal((2, 64, 24)).astype(np.float32)
+    rotation = np.linalg.qr(rng.standard_normal((24, 24)))[0].astype(np.float32)
+    means, codes, scales = sketch_chunks(jnp.asarray(keys), jnp.asarray(rotation), CHUNK)
+    made = np.asarray(sketched_keys(means, codes, scales, jnp.asarray(rotation), GROUP)).swapaxes(1, 2).reshape(keys.shape)
+    levels = np.array([-1.5104, -0.4528, 0.4528, 1.5104])
+    fields = np.concatenate([np.asarray(codes) >> shift & 3 for shift in (0, 2, 4, 6)], axis=-1)
+    wanted = np.repeat(means, CHUNK, axis=1) + np.asarray(scales)[..., None] * (levels[fields] @ rotation.T.astype(np.float64))
+    np.testing.assert_allclose(made, wanted, atol=1e-5)
+    assert np.mean((made - keys) ** 2) < 0.15 * np.mean(keys**2)  # a 2-bit quantiser of a Gaussian leaves 0.1175
+    mean, spread = page_statistics(jnp.asarray(made.reshape(2, -1, GROUP, 24).swapaxes(1, 2)))
+    parts = made.reshape(2, -1, GROUP, 24)
+    np.testing.assert_allclose(mean[:, 0], parts.mean(2), atol=1e-5)
+    np.testing.assert_allclose(spread, np.sqrt(parts.var(2).mean(-1)), rtol=1e-4)
