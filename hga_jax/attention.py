@@ -11,6 +11,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from hga_jax.backend import AttentionBackend, Stats
@@ -23,7 +24,7 @@ from hga_jax.gradients import routed_attention_gradient
 from hga_jax.listed import attend_listed
 from hga_jax.policies import Policy, policy_for
 from hga_jax.pytree import register
-from pallas_kernels.dispatch import Implementation, choose
+from pallas_kernels.dispatch import Implementation, choose, on_cuda
 from pallas_kernels.sketch_prefill_routing import unsupported
 
 
@@ -84,7 +85,8 @@ class HGAAttention(AttentionBackend):
     ) -> tuple[Float[Array, "T N H"], LayerState, Stats]:
         """Append the first `count` rows (post-RoPE) and attend from each; outputs of the other rows are zero.
 
-        The tokens held need not end at a chunk boundary. Paper policy: only this call's queries share the cuts of their chunk.
+        The tokens held need not end at a chunk boundary. Paper policy: only this call's queries share the cuts of their chunk. A first call
+        of at most config.dense_below rows attends to everything and requests nothing.
         """
         scale = 1 / math.sqrt(query.shape[-1])
         policy = policy_for(self.config, self.rope, query.shape[-1], scale)
@@ -92,8 +94,19 @@ class HGAAttention(AttentionBackend):
         state = replace(state, history=state.history.append(key, value, count))
         state = summarise_new(state, start, key.shape[0], self.config, policy)
         implementation = None if self.implementation == "interpret" else self.implementation
-        out, _, state, stats, _ = _attend(query, start, count, state, self.config, policy, scale, implementation)
-        return out, state, stats
+
+        def routed(_: None) -> tuple[Array, Array | None, Stats]:
+            out, _, after, stats, _ = _attend(query, start, count, state, self.config, policy, scale, implementation)
+            return out, after.stamps, stats
+
+        def dense(_: None) -> tuple[Array, Array | None, Stats]:
+            return _attend_densely(query, key, value, count, state.stamps)
+
+        if 1 < query.shape[0] <= self.config.dense_up_to(_fits_cudnn(query)):
+            out, stamps, stats = lax.cond(start == 0, dense, routed, None)
+        else:
+            out, stamps, stats = routed(None)
+        return out, replace(state, stamps=stamps), stats
 
     def decode(
         self,
@@ -200,6 +213,26 @@ def _write_pages(
     return history.typed().with_pages_written(source, held, end, most, window_places(end, config), how.plain())
 
 
+def _fits_cudnn(query: Float[Array, "T N H"]) -> bool:
+    return on_cuda() and query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[2] % 8 == 0 and query.shape[2] <= 128
+
+
+def _attend_densely(
+    query: Float[Array, "T N H"],
+    key: Float[Array, "T K H"],
+    value: Float[Array, "T K H"],
+    count: Int[Array, ""],
+    stamps: Int[Array, "K P"] | None,
+) -> tuple[Float[Array, "T N H"], Int[Array, "K P"] | None, Stats]:
+    """Exact causal attention of a sequence's first tokens."""
+    implementation = "cudnn" if _fits_cudnn(query) else "xla"
+    out = jax.nn.dot_product_attention(query[None], key[None], value[None], is_causal=True, implementation=implementation)[0]
+    queries, zero = count.astype(jnp.float32), jnp.float32(0)
+    blocks = (-(-count // 64)).astype(jnp.float32)
+    stats = Stats(queries, queries, blocks, blocks * queries, blocks, zero, zero)
+    return jnp.where((jnp.arange(query.shape[0]) < count)[:, None, None], out, 0), stamps, stats
+
+
 def hga_attention(
     query: Float[Array, "B T N H"],
     key: Float[Array, "_B S K _H"],  # _: checked below, with an error that says more
@@ -280,11 +313,8 @@ def _attend(
     keep: bool = False,
 ) -> tuple[Float[Array, "T N H"], Int[Array, "T N"], LayerState, Stats, Opened | None]:
     """All blocks at once by kernels where they run, or where screening is wanted; else block by block. See blocks.attend_and_keep."""
-    reason = "the paper policy has no kernels"
-    if policy.list_pages is not None:
-        reason = unsupported(query, state.history.pages, config.chunk_size, config.group_size)
-    chosen = choose("hga prefill", implementation, reason)
-    if policy.list_pages is not None and query.shape[0] > 1 and (chosen == "pallas" or config.screening == "on"):
+    chosen = choose("hga prefill", implementation, unsupported(query, state.history.pages, config.chunk_size, config.group_size))
+    if query.shape[0] > 1 and (chosen == "pallas" or (config.screening == "on" and config.policy == "sketch")):
         return attend_listed(query, start, count, state, config, policy, scale, chosen)
     if keep:
         return attend_and_keep(query, start, count, state, config, policy, scale)

@@ -176,8 +176,8 @@ def test_wrong_arguments(change, message):
 
 def test_kernels_asked_for_by_name_are_refused_where_they_cannot_run():
     q, k, v = tensors()
-    with pytest.raises(NotImplementedError, match="paper policy has no kernels"):
-        hga_attention(q, k, v, config=CONFIG, rope=ROPE, implementation="pallas")
+    with pytest.raises(NotImplementedError, match="powers of two"):
+        hga_attention(q, k, v, config=replace(CONFIG, chunk_size=12), rope=ROPE, implementation="pallas")
     if jax.default_backend() != "gpu":
         with pytest.raises(NotImplementedError, match="needs a CUDA GPU"):
-            hga_attention(q, k, v, config=replace(CONFIG, policy="sketch"), implementation="pallas")
+            hga_attention(q, k, v, config=CONFIG, rope=ROPE, implementation="pallas")
