@@ -6,18 +6,20 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from hga_jax.backend import Stats
+from hga_jax.backend import AttentionBackend, Stats
 from hga_jax.blocks import LayerState, Opened, attend, attend_and_keep, new_state, summarise_new
-from hga_jax.cache import DeviceHistory
+from hga_jax.cache import DeviceHistory, HostHistory
+from hga_jax.cache.window import window_places
 from hga_jax.config import HGAConfig, RopeConfig
+from hga_jax.decoding import How, cannot_decode, carried_pages, close_chunk, decode_token
 from hga_jax.gradients import routed_attention_gradient
 from hga_jax.listed import attend_listed
 from hga_jax.policies import Policy, policy_for
@@ -36,10 +38,13 @@ class AttentionStats:
 
 
 @dataclass(frozen=True)
-class HGAAttention:
+class HGAAttention(AttentionBackend):
     """Hierarchical global attention as the decoder's attention backend: settings only.
 
     rope: the model's, needed by the paper policy's "mixed_rope" summaries.
+    tier: where the history lives, "device" or "host". bank_pages: with the host tier and the sketch policy, pages of each layer and kv head
+    kept on the device. implementation: of decoding, None (kernels on a CUDA GPU, XLA elsewhere), "pallas", "xla", or "interpret": the
+    kernels in Pallas' interpreter, for tests.
 
     With the sketch policy any split of a prompt into prefill calls and decode steps gives the same result. With the paper policy the new
     queries of a chunk share their cuts, so results depend on the split inside the chunk where a call starts or ends.
@@ -47,12 +52,27 @@ class HGAAttention:
 
     config: HGAConfig
     rope: RopeConfig | None = None
+    tier: Literal["device", "host"] = "device"
+    bank_pages: int = 0
+    implementation: Literal["pallas", "xla", "interpret"] | None = None
+
+    def __post_init__(self):
+        if self.tier not in ("device", "host"):
+            raise ValueError(f"tier={self.tier!r}: choose device or host")
+        if self.bank_pages and (self.tier != "host" or self.config.policy != "sketch"):
+            raise ValueError(
+                f"bank_pages={self.bank_pages} needs tier='host' and policy='sketch' (whose stamps say which pages are old), not "
+                f"tier={self.tier!r} and policy={self.config.policy!r}"
+            )
 
     def init_state(self, capacity: int, kv_heads: int, head_dim: int, dtype: Any) -> LayerState:
         """An empty state with room for `capacity` tokens, rounded up to whole chunks."""
         policy = policy_for(self.config, self.rope, head_dim, 1 / math.sqrt(head_dim))
         capacity = -(-capacity // self.config.chunk_size) * self.config.chunk_size
-        history = DeviceHistory.create(capacity, kv_heads, head_dim, self.config.group_size, dtype)
+        if self.tier == "host":
+            history = HostHistory.create(capacity, kv_heads, head_dim, dtype, self.config, self.bank_pages)
+        else:
+            history = DeviceHistory.create(capacity, kv_heads, head_dim, self.config.group_size, dtype)
         return new_state(history, dtype, self.config, policy)
 
     def prefill(
@@ -73,25 +93,128 @@ class HGAAttention:
         start = state.length
         state = replace(state, history=state.history.append(key, value, count))
         state = summarise_new(state, start, key.shape[0], self.config, policy)
+        implementation = None if self.implementation == "interpret" else self.implementation
 
         def routed(_: None) -> tuple[Array, Array | None, Stats]:
-            out, _, after, stats, _ = _attend(query, start, count, state, self.config, policy, scale, None)
+            out, _, after, stats, _ = _attend(query, start, count, state, self.config, policy, scale, implementation)
             return out, after.stamps, stats
 
-        if not 1 < query.shape[0] <= self.config.dense_up_to(on_cuda()):
-            out, stamps, stats = routed(None)
+        def dense(_: None) -> tuple[Array, Array | None, Stats]:
+            return _attend_densely(query, key, value, count, state.stamps)
+
+        if 1 < query.shape[0] <= self.config.dense_up_to(_fits_cudnn(query)):
+            out, stamps, stats = lax.cond(start == 0, dense, routed, None)
         else:
-            out, stamps, stats = lax.cond(
-                start == 0, lambda _: (*_attend_densely(query, key, value, count, state.stamps),), routed, None
-            )  # fmt: skip
+            out, stamps, stats = routed(None)
         return out, replace(state, stamps=stamps), stats
 
     def decode(
-        self, query: Float[Array, "N H"], key: Float[Array, "K H"], value: Float[Array, "K H"], state: LayerState
+        self,
+        query: Float[Array, "N H"],
+        key: Float[Array, "K H"],
+        value: Float[Array, "K H"],
+        state: LayerState,
+        position: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "N H"], LayerState, Stats]:
-        """Append one token and attend from it."""
-        out, state, stats = self.prefill(query[None], key[None], value[None], state, jnp.int32(1))
-        return out[0], state, stats
+        """Append one token and attend from it. `settle` is due when a chunk is full."""
+        held = state.length
+        position = held if position is None else position
+        how = self._how(state, *query.shape)
+        if how is None:
+            state = replace(state, history=replace(state.history, length=position))
+            out, state, stats = self.prefill(query[None], key[None], value[None], state, jnp.int32(1))
+            out = out[0]
+        else:
+            out, state, stats = decode_token(query, key, value, state, position, self.config, 1 / math.sqrt(query.shape[-1]), how)
+        return out, replace(state, history=replace(state.history, length=None if held is None else position + 1)), stats
+
+    def _how(self, state: LayerState, heads: int, head_dim: int) -> How | None:
+        """Which operations decode: None is the block code of prefill, the fastest on the device tier without kernels."""
+        if self.implementation == "interpret":
+            return How("pallas", interpret=True)
+        reason = cannot_decode(self.config, heads, state.history.kv_heads, state.history.capacity, head_dim)
+        chosen = choose("decoding", self.implementation, reason)
+        if chosen == "xla" and isinstance(state.history, DeviceHistory):
+            return None
+        if chosen == "xla" and jax.default_backend() != "cpu":
+            raise NotImplementedError(f"tier='host' needs the decode kernels on {jax.default_backend()}: {reason or 'they need CUDA'}")
+        return How(chosen)
+
+    @property
+    def settle_every(self) -> int:
+        return self.config.chunk_size
+
+    def start_decoding(self, state: LayerState, held: Int[Array, ""]) -> LayerState:
+        """The position is common to all layers: carried once, it costs no launch a layer."""
+        history = state.history.typed() if isinstance(state.history, HostHistory) else state.history
+        how = self._how(state, history.kv_heads, history.head_dim)
+        carried = None if how is None else carried_pages(state, held, self.config, how)
+        return replace(state, history=replace(history, length=None), carried=carried)
+
+    def settle(self, state: LayerState, held: Int[Array, ""]) -> LayerState:
+        """Summarise the newest chunk and write its pages to the host tier, where `decode` left that to do."""
+        history = state.history
+        how = self._how(state, history.kv_heads, history.head_dim)
+        if how is None:
+            return state
+        policy = policy_for(self.config, self.rope, history.head_dim, 1 / math.sqrt(history.head_dim))
+        return close_chunk(state, held, self.config, policy, how)
+
+    def finish_decoding(self, state: LayerState, held: Int[Array, ""]) -> LayerState:
+        """Undo `start_decoding`."""
+        return replace(state, history=replace(state.history, length=held), carried=None)
+
+    def prefill_buffer(self, state: LayerState) -> Float[Array, "K P 2 g H"] | None:
+        """Pages on the device for one layer at a time (host tier only)."""
+        if not isinstance(state.history, HostHistory):
+            return None
+        return jnp.zeros(state.history.pages.shape, state.history.pages.dtype)
+
+    def load(self, state: LayerState, buffer: Float[Array, "K P 2 g H"] | None, held: int) -> LayerState:
+        """The state with its history in the buffer; older pages are copied there in bulk, far faster than gathering them block by block."""
+        if buffer is None:
+            return state
+        if held:
+            how = self._how(state, state.history.kv_heads, state.history.head_dim)
+            buffer = _read_pages(buffer, state.history, jnp.int32(held), config=self.config, how=how)
+        return replace(state, history=DeviceHistory(buffer, jnp.int32(held)))
+
+    def unload(
+        self, state: LayerState, worked: LayerState, held: int, end: int, most: int
+    ) -> tuple[LayerState, Float[Array, "K P 2 g H"] | None]:
+        """The pages written since `held` tokens go home to the host, the windows are taken anew."""
+        if not isinstance(state.history, HostHistory):
+            return worked, None
+        buffer = worked.history.pages
+        how = self._how(state, state.history.kv_heads, state.history.head_dim)
+        most = min(most // self.config.group_size + 1, buffer.shape[1])
+        history = _write_pages(state.history, buffer, jnp.int32(held), jnp.int32(end), config=self.config, most=most, how=how)
+        return replace(worked, history=history), buffer
+
+
+@partial(jax.jit, static_argnames=("config", "how"), donate_argnames="buffer")
+def _read_pages(
+    buffer: Float[Array, "K P 2 g H"], history: HostHistory, held: Int[Array, ""], *, config: HGAConfig, how: How
+) -> Float[Array, "K P 2 g H"]:
+    return history.typed().read_into(buffer, held, config, how.plain())
+
+
+@partial(jax.jit, static_argnames=("config", "most", "how"), donate_argnames="history")
+def _write_pages(
+    history: HostHistory,
+    source: Float[Array, "K P 2 g H"],
+    held: Int[Array, ""],
+    end: Int[Array, ""],
+    *,
+    config: HGAConfig,
+    most: int,
+    how: How,
+) -> HostHistory:
+    return history.typed().with_pages_written(source, held, end, most, window_places(end, config), how.plain())
+
+
+def _fits_cudnn(query: Float[Array, "T N H"]) -> bool:
+    return on_cuda() and query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[2] % 8 == 0 and query.shape[2] <= 128
 
 
 def _attend_densely(
@@ -102,10 +225,8 @@ def _attend_densely(
     stamps: Int[Array, "K P"] | None,
 ) -> tuple[Float[Array, "T N H"], Int[Array, "K P"] | None, Stats]:
     """Exact causal attention of a sequence's first tokens."""
-    fused = on_cuda() and query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[2] % 8 == 0 and query.shape[2] <= 128
-    out = jax.nn.dot_product_attention(
-        query[None], key[None], value[None], is_causal=True, implementation="cudnn" if fused else "xla"
-    )[0]  # fmt: skip
+    implementation = "cudnn" if _fits_cudnn(query) else "xla"
+    out = jax.nn.dot_product_attention(query[None], key[None], value[None], is_causal=True, implementation=implementation)[0]
     queries, zero = count.astype(jnp.float32), jnp.float32(0)
     blocks = (-(-count // 64)).astype(jnp.float32)
     stats = Stats(queries, queries, blocks, blocks * queries, blocks, zero, zero)
@@ -218,7 +339,10 @@ def _attend_backward(config, rope, scale, implementation, kept, cotangents) -> t
 
     def one(item: tuple) -> tuple[Array, Array, Array]:
         q, k, v, start, count, out, opened, d_out = item
-        return routed_attention_gradient(d_out, out, q, k, v, start, count, opened, config, scale)
+        pages = jax.eval_shape(lambda: _whole_history(k, v, config).pages)
+        reason = sketch_prefill_routing.unsupported(q, pages, config.chunk_size, config.group_size)
+        chosen = "xla" if len(q) == 1 else choose("hga gradient", implementation, reason)
+        return routed_attention_gradient(d_out, out, q, k, v, start, count, opened, config, scale, chosen)
 
     starts, counts = jnp.broadcast_to(start, batch), jnp.broadcast_to(count, batch)
     gradients = jax.lax.map(one, (query, key, value, starts, counts, out, opened, cotangents[0]))
@@ -230,9 +354,13 @@ _attend_batch.defvjp(_attend_forward, _attend_backward)
 
 def _whole_state(key: Float[Array, "S K H"], value: Float[Array, "S K H"], config: HGAConfig, policy: Policy) -> LayerState:
     """The state that holds all tokens of one sequence."""
-    capacity = -(-key.shape[0] // config.chunk_size) * config.chunk_size
-    state = new_state(DeviceHistory.holding(key, value, config.group_size, capacity), key.dtype, config, policy)
-    return summarise_new(state, jnp.int32(0), capacity, config, policy)
+    history = _whole_history(key, value, config)
+    state = new_state(history, key.dtype, config, policy)
+    return summarise_new(state, jnp.int32(0), history.capacity, config, policy)
+
+
+def _whole_history(key: Float[Array, "S K H"], value: Float[Array, "S K H"], config: HGAConfig) -> DeviceHistory:
+    return DeviceHistory.holding(key, value, config.group_size, -(-key.shape[0] // config.chunk_size) * config.chunk_size)
 
 
 def _each_sequence(one: Callable, query: Array, key: Array, value: Array, start: Array, count: Array) -> Any:
@@ -241,6 +369,40 @@ def _each_sequence(one: Callable, query: Array, key: Array, value: Array, start:
         return jax.vmap(lambda *arrays: one(*arrays, start, count))(query, key, value)
     bounds = (jnp.broadcast_to(x, query.shape[:1]) for x in (start, count))
     return jax.lax.map(lambda item: one(*item), (query, key, value, *bounds))
+
+
+def opened_pages(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    *,
+    config: HGAConfig,
+    rope: RopeConfig | None = None,
+    rotation: Float[Array | np.ndarray, "H H"] | None = None,
+    query_start: int | Int[Array, ""] = 0,
+) -> Bool[Array, "B T N P"]:
+    """Which pages hga_attention's routing opens to each query and head, for looking at; the windows, always seen, are not among them.
+
+    Page p holds tokens p * group_size and so on. Arguments and errors are hga_attention's. The result has B * T * N * S / 16 bytes.
+    """
+    _check(query, key, value, config, rope, rotation, query_start, None, None)
+    scale, start = 1 / math.sqrt(query.shape[-1]), jnp.asarray(query_start, jnp.int32)
+    policy = policy_for(config, rope, query.shape[-1], scale, rotation)
+
+    def one(q: Array, k: Array, v: Array) -> Array:
+        state = _whole_state(k, v, config, policy)
+        opened = _attend(q, start, jnp.int32(len(q)), state, config, policy, scale, None, keep=True)[4]
+        blocks, kv_heads, lists, _ = opened.pages.shape
+        heads, rows = q.shape[1], opened.peaks.shape[-1]
+        at = jnp.ix_(*(jnp.arange(n) for n in (blocks, kv_heads, lists, 1)))[:3]
+        never = jnp.full((blocks, kv_heads, lists, state.history.capacity // config.group_size), rows)
+        first = never.at[*at, opened.pages].min(opened.since)
+        seen = first[:, :, :, None] <= jnp.arange(rows)[:, None]  # [B, K, R, Q, P]
+        by_head = jnp.repeat(seen.reshape(blocks, kv_heads * lists, rows, -1), heads // (kv_heads * lists), axis=1)
+        lead = start % config.chunk_size if rows > 1 else 0
+        return jax.lax.dynamic_slice_in_dim(by_head.swapaxes(1, 2).reshape(blocks * rows, heads, -1), lead, len(q))
+
+    return jax.vmap(one)(query, key, value)
 
 
 def _check(query, key, value, config, rope, rotation, query_start, lengths, implementation) -> None:

@@ -7,7 +7,7 @@ that the backend makes and nobody else looks into. `DenseAttention` is here, `HG
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -29,6 +29,7 @@ class Stats:
     blocks: query blocks (prefill: chunks, decode: tokens); fetched_tokens, fetched: sum over them, averaged over kv heads, of the distinct
     tokens brought into the working set, and of that number / history tokens. refused: page requests turned down for lack of room.
     unopened: sum over queries of the estimated attention mass of the pages not opened, averaged over heads.
+    bank_hits, bank_requests: pages that decode found in the device's bank, and pages it wanted while there was one, over all kv heads.
     """
 
     queries: Float[Array, ""]
@@ -38,6 +39,8 @@ class Stats:
     fetched: Float[Array, ""]
     refused: Float[Array, ""]
     unopened: Float[Array, ""]
+    bank_hits: Float[Array, ""] = field(default_factory=lambda: jnp.float32(0))
+    bank_requests: Float[Array, ""] = field(default_factory=lambda: jnp.float32(0))
 
     @staticmethod
     def zero() -> Stats:
@@ -49,7 +52,10 @@ class Stats:
 
 @runtime_checkable
 class AttentionBackend(Protocol):
-    """What the decoder asks of an attention mechanism. One layer, one sequence; batches are made with vmap."""
+    """What the decoder asks of an attention mechanism. One layer, one sequence; batches are made with vmap.
+
+    Subclass it to inherit what only some mechanisms need: everything but `init_state`, `prefill` and `decode`.
+    """
 
     def init_state(self, capacity: int, kv_heads: int, head_dim: int, dtype: Any) -> Any:
         """An empty state with room for `capacity` tokens."""
@@ -64,13 +70,53 @@ class AttentionBackend(Protocol):
         """
 
     def decode(
-        self, query: Float[Array, "N H"], key: Float[Array, "K H"], value: Float[Array, "K H"], state: Any
+        self,
+        query: Float[Array, "N H"],
+        key: Float[Array, "K H"],
+        value: Float[Array, "K H"],
+        state: Any,
+        position: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "N H"], Any, Stats]:
-        """Append one token and attend from it."""
+        """Append one token and attend from it.
+
+        position: that of the token, common to all layers, for states that `start_decoding` has stripped of it; None: the state knows.
+        """
+
+    @property
+    def settle_every(self) -> int | None:
+        """`settle` is due whenever decoding brings the tokens held to a multiple of this; None: never."""
+        return None
+
+    def start_decoding(self, state: Any, held: Int[Array, ""]) -> Any:
+        """The state as a decode program carries it from token to token. held: tokens held."""
+        return state
+
+    def settle(self, state: Any, held: Int[Array, ""]) -> Any:
+        """Do what decode steps put off. held: tokens held. Called more often than due it changes nothing."""
+        return state
+
+    def finish_decoding(self, state: Any, held: Int[Array, ""]) -> Any:
+        """Undo `start_decoding`."""
+        return state
+
+    def prefill_buffer(self, state: Any) -> Any:
+        """What all layers' prefill works in, one after the other, when states live elsewhere; None when it works on the state."""
+        return None
+
+    def load(self, state: Any, buffer: Any, held: int) -> Any:
+        """A state in the buffer (which is consumed), ready for prefill. held: tokens held."""
+        return state
+
+    def unload(self, state: Any, worked: Any, held: int, end: int, most: int) -> tuple[Any, Any]:
+        """Bring what prefill added to `worked` home into `state`, and give the buffer back. Both are consumed.
+
+        held, end: tokens held before and after; end - held <= most, one of few values.
+        """
+        return worked, None
 
 
 @dataclass(frozen=True)
-class DenseAttention:
+class DenseAttention(AttentionBackend):
     """Exact causal attention over the whole history, in blocks with an online softmax: no [T, S] array is ever made.
 
     On an NVIDIA GPU a prompt's first call goes to cuDNN's fused attention when its dtype has 16 bits, and one token attends in one step.
@@ -121,7 +167,12 @@ class DenseAttention:
         return out, state, self._stats(count, jnp.maximum(-(-count // 64), 1), state.length)
 
     def decode(
-        self, query: Float[Array, "N H"], key: Float[Array, "K H"], value: Float[Array, "K H"], state: DeviceHistory
+        self,
+        query: Float[Array, "N H"],
+        key: Float[Array, "K H"],
+        value: Float[Array, "K H"],
+        state: DeviceHistory,
+        position: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "N H"], DeviceHistory, Stats]:
         state = state.append(key[None], value[None], jnp.int32(1))
         out = self._attend(query[None], state, state.length[None] - 1)[0]

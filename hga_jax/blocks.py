@@ -21,6 +21,8 @@ from hga_jax.pytree import register, varying_like
 from hga_jax.routing import Selection
 from hga_jax.summaries import empty, write
 from pallas_kernels.dispatch import on_cuda
+from pallas_kernels.paper_routing import empty_marks
+from pallas_kernels.sketch_routing import PageList
 
 BLOCKS_AT_ONCE = 4  # blocks that share windows and scoring: 256 queries, twice the matmul speed of 64 on a CPU
 SCORES_AT_ONCE = 16 * 2**20  # page scores held at once, in elements: fewer blocks share when the history is very long
@@ -37,15 +39,19 @@ class LayerState:
 
     history: K/V of all tokens (any tier). summaries: the policy's pytree; entries of chunks still open are provisional and never read.
     stamps: for policies that remember requests, the last chunk in which a query requested the page (-2: never); else None.
+    marks: for the others, scratch of the decode kernels, all zero between tokens; else None.
+    carried: inside a decode loop, the pages that earlier requests leave open for the next token (sketch_routing.PageList); else None.
     """
 
     history: Any
     summaries: Any
     stamps: Int[Array, "K P"] | None
+    marks: Int[Array, "K P1"] | None = None
+    carried: PageList | None = None
 
     @property
-    def length(self) -> Int[Array, ""]:
-        """Tokens held."""
+    def length(self) -> Int[Array, ""] | None:
+        """Tokens held (None inside a decode loop)."""
         return self.history.length
 
 
@@ -355,4 +361,6 @@ def summarise_new(state: LayerState, start: Int[Array, ""], most: int, config: H
 def new_state(history: Any, dtype: Any, config: HGAConfig, policy: Policy) -> LayerState:
     """The state of a history that holds nothing yet, or of which `summarise_new` will make the summaries."""
     summaries = empty(policy.summarise, history.kv_heads, history.capacity, history.head_dim, dtype)
-    return LayerState(history, summaries, policy.new_stamps(history.kv_heads, history.capacity // config.group_size))
+    pages = history.capacity // config.group_size
+    marks = None if policy.remembers else empty_marks(history.kv_heads, pages)
+    return LayerState(history, summaries, policy.new_stamps(history.kv_heads, pages), marks)

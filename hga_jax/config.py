@@ -104,9 +104,9 @@ class HGAConfig:
         """Whether prefill by page lists screens, in a history with room for so many tokens."""
         return self.screening == "on" or (self.screening == "auto" and room > SCREEN_FROM)
 
-    def dense_up_to(self, on_cuda: bool) -> int:
-        """Tokens of a prompt's first call up to which attention is dense."""
-        return (DENSE_BELOW if on_cuda else 0) if self.dense_below == "auto" else self.dense_below
+    def dense_up_to(self, fused: bool) -> int:
+        """Tokens of a prompt's first call up to which attention is dense; fused: whether cuDNN's attention takes its arrays."""
+        return (DENSE_BELOW if fused else 0) if self.dense_below == "auto" else self.dense_below
 
     def threshold_for(self, queries_per_kv_head: int) -> float:
         """The share of attention mass that opens a page when so many query heads share a kv head."""

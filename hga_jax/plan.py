@@ -1,29 +1,39 @@
-"""The byte table: what a run will hold and where, counted from shapes before anything is read or allocated."""
+"""The byte table: what a run will hold and where, counted from shapes before anything is read or allocated; and the tier it decides."""
 
 from __future__ import annotations
 
 import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from hga_jax.attention import HGAAttention
 from hga_jax.backend import AttentionBackend
+from hga_jax.cache.tiers import choose_tier
 from hga_jax.config import ModelConfig
 from hga_jax.model import Decoder, weight_leaves
+from hga_jax.placement import on_host
 from hga_jax.programs import SEGMENT, SUPER_BLOCK, padded_size, segment_of
 
 GIB = 2**30
+MAIN_MEMORY = "available main memory"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes by purpose, the memory they share and its limit (None: unknown)."""
+    """Bytes by purpose, the memory they share and its limit (None: unknown).
+
+    host_weights: bytes of weights that lie in pinned host memory, outside the total.
+    host: bytes of `history` that lie in host memory instead, and host_limit what there is of it; working: the device buffer that one
+    layer's history passes through in prefill. Both 0 with the device tier.
+    """
 
     ctx: int
     weights: int
+    host_weights: int
     history: int
     summaries: int
     windows: int
@@ -32,10 +42,14 @@ class Plan:
     tier: str
     memory: str
     limit: int | None
+    working: int = 0
+    host: int = 0
+    host_limit: int | None = None
 
     @property
     def total(self) -> int:
-        return self.weights + self.history + self.summaries + self.windows + self.bank + self.activations
+        """Bytes in the memory that is planned for."""
+        return self.weights + self.history - self.host + self.summaries + self.windows + self.bank + self.working + self.activations
 
     def table(self) -> str:
         """The plan as lines of text, GiB."""
@@ -43,13 +57,17 @@ class Plan:
             "weights": "",
             "history": f"K and V of {self.ctx:,} tokens, all layers; tier: {self.tier}",
             "summaries": "what routing reads",
-            "windows": "within the history in this tier" if not self.windows else "",
-            "bank": "none in this tier" if not self.bank else "",
+            "windows": "within the history in this tier" if not self.windows else "sinks, local window and open chunk",
+            "bank": "none" if not self.bank else "routed pages kept on the device",
+            "working": "none in this tier" if not self.working else "one layer's history during prefill",
             "activations": "one super-block of the prompt, one segment's projections and MLP, logits",
         }
         lines = [f"{'':14}{'GiB':>9}"]
         lines += [f"{name:14}{getattr(self, name) / GIB:9.3f}  {note}".rstrip() for name, note in notes.items()]
-        lines.append(f"{'total':14}{self.total / GIB:9.3f}  in {self.memory}")
+        beside = f"; the history ({self.host / GIB:.3f}) is in host memory" if self.host else ""
+        lines.append(f"{'total':14}{self.total / GIB:9.3f}  in {self.memory}{beside}")
+        if self.host_weights:
+            lines.append(f"{'embedding':14}{self.host_weights / GIB:9.3f}  in pinned host memory: a token reads one row")
         if self.limit is not None:
             lines.append(f"{'available':14}{self.limit / GIB:9.3f}")
         return "\n".join(lines)
@@ -57,17 +75,29 @@ class Plan:
     def as_json(self) -> dict[str, Any]:
         return asdict(self) | {"total": self.total}
 
+    @property
+    def fits(self) -> bool:
+        return self.limit is None or self.total <= self.limit
+
     def check(self) -> None:
         """Raises ValueError with the table and what each knob frees when the plan does not fit."""
-        if self.limit is None or self.total <= self.limit:
+        if self.host_limit is not None and self.host > self.host_limit:
+            raise ValueError(
+                f"the history needs {self.host / GIB:.2f} GiB of host memory and {self.host_limit / GIB:.2f} GiB are available: "
+                f"--ctx {int(self.ctx * self.host_limit / self.host) // 1024 * 1024} would fit\n{self.table()}"
+            )
+        if self.fits:
             return
         short = self.total - self.limit
-        per_token = (self.history + self.summaries) / self.ctx
-        fits = int((self.limit - (self.total - self.history - self.summaries)) / per_token)
+        growing = self.history - self.host + self.summaries + self.working
+        per_token = growing / self.ctx
+        fits = int((self.limit - (self.total - growing)) / per_token)
         if fits > 0:
             knob = f"--ctx {fits // 1024 * 1024 or fits} would fit (each 1,024 tokens cost {per_token * 1024 / 2**20:.1f} MiB)"
         else:
             knob = f"no --ctx fits beside weights of {self.weights / GIB:.2f} GiB: choose a smaller --model or a narrower --dtype"
+        if not self.host and self.memory != MAIN_MEMORY:
+            knob += f"; --kv-store host would free {self.history / GIB:.2f} GiB here (attention hga)"
         raise ValueError(
             f"the plan needs {short / GIB:.2f} GiB more than the {self.limit / GIB:.2f} GiB of {self.memory}: {knob}\n{self.table()}"
         )
@@ -76,19 +106,98 @@ class Plan:
 def make_plan(config: ModelConfig, backend: AttentionBackend, ctx: int, dtype: Any, device: jax.Device | None = None) -> Plan:
     """Count the bytes of a run of `ctx` tokens. Nothing is read or allocated."""
     device = device or jax.devices()[0]
-    weights = sum(_bytes(leaf) for leaf in weight_leaves(Decoder.abstract(config, dtype)).values())
+    leaves = {path: _bytes(leaf) for path, leaf in weight_leaves(Decoder.abstract(config, dtype)).items()}
+    host_weights = sum(size for path, size in leaves.items() if on_host(path, config, device))
+    weights = sum(leaves.values()) - host_weights
     state = jax.eval_shape(lambda: backend.init_state(ctx, config.kv_heads, config.head_dim, dtype))
-    history = summaries = 0
+    sizes = {"history": 0, "windows": 0, "bank": 0, "summaries": 0}
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        if any(getattr(part, "name", None) == "pages" for part in path):
-            history += config.layers * _bytes(leaf)
-        else:
-            summaries += config.layers * _bytes(leaf)
-    size, width = padded_size(ctx, SEGMENT, SUPER_BLOCK), jnp.dtype(dtype).itemsize
-    inner = max(config.mlp_size, config.expert_size * config.experts_per_token, config.heads * config.head_dim)
-    activations = 2 * size * config.hidden_size * width + segment_of(size) * inner * 4 * 4 + 2 * config.vocab_size * 4
+        sizes[purpose(path)] += config.layers * _bytes(leaf)
+    tier = tier_of(backend)
+    working = sizes["history"] // config.layers if tier == "host" else 0
+    activations = activation_bytes(config, ctx, jnp.dtype(dtype).itemsize)
     memory, limit = _memory(device)
-    return Plan(ctx, weights, history, summaries, 0, 0, activations, "device", memory, limit)
+    apart = tier == "host" and device.platform != "cpu"
+    return Plan(
+        ctx, weights, host_weights, **sizes, activations=activations, tier=tier, memory=memory, limit=limit, working=working,
+        host=sizes["history"] if apart else 0, host_limit=_main_memory()[1] if apart else None,
+    )  # fmt: skip
+
+
+def activation_bytes(config: ModelConfig, ctx: int, width: int) -> int:
+    """Bytes of prefill's temporaries, `width` bytes a value: the super-block's activations and the larger of a segment's two halves.
+
+    Attention: input, normalised input, float32 products of q, k, v, the same turned, outputs. Expert MLP: a row of F and one of D for each
+    token and chosen expert (see pallas_kernels.moe_prefill), input, normalised input, output. Beside them what routing reads of one layer.
+    """
+    size = padded_size(ctx, SEGMENT, SUPER_BLOCK)
+    tokens, hidden = segment_of(size), config.hidden_size
+    heads = (config.heads + 2 * config.kv_heads) * config.head_dim
+    attention = tokens * (2 * hidden * width + heads * (4 + 2 * width) + config.heads * config.head_dim * width)
+    mlp = tokens * (3 * hidden * width + 3 * config.mlp_size * width)
+    if config.experts:
+        mlp = tokens * (3 * hidden * width + config.experts_per_token * (config.expert_size + hidden) * 2)
+    routing = 2 * size * config.kv_heads * config.head_dim * width
+    return size * hidden * width + max(attention, mlp) + routing + 2 * config.vocab_size * 4
+
+
+def place_history(
+    config: ModelConfig,
+    backend: AttentionBackend,
+    ctx: int,
+    dtype: Any,
+    kv_store: str,
+    host_memory: float | None = None,
+    device: jax.Device | None = None,
+) -> tuple[AttentionBackend, Plan]:
+    """The backend with its history in the tier that `kv_store` asks for, and the plan of the run.
+
+    host_memory: GiB for the page cache of a history on disk (default: a quarter of what is free). For such a history the backend is the
+    one that prefill runs on the device, a layer at a time.
+    Raises ValueError when the backend has no such tier; whether the plan fits is for the caller to check.
+    """
+    plan = make_plan(config, backend, ctx, dtype, device)
+    if kv_store == "auto" and tier_of(backend) == "host":
+        return backend, plan
+    movable = isinstance(backend, HGAAttention)
+    tier = choose_tier(kv_store, device_fits=plan.fits or not movable)
+    if tier == tier_of(backend):
+        return backend, plan
+    if not movable:
+        raise ValueError(f"--kv-store {kv_store} needs attention hga: dense attention reads its whole history for every token")
+    if tier == "disk":
+        return replace(backend, tier="device", bank_pages=0), _plan_on_disk(config, backend, ctx, dtype, host_memory, device)
+    backend = replace(backend, tier=tier)
+    return backend, make_plan(config, backend, ctx, dtype, device)
+
+
+def _plan_on_disk(
+    config: ModelConfig, backend: HGAAttention, ctx: int, dtype: Any, host_memory: float | None, device: jax.Device | None
+) -> Plan:
+    """Of a history on disk, memory holds one layer at a time in prefill, and a page cache on the host."""
+    plan = make_plan(config, replace(backend, tier="host", bank_pages=0), ctx, dtype, device)
+    cache = min(page_cache_bytes(host_memory), plan.history)
+    on_cpu = plan.memory == MAIN_MEMORY
+    return replace(plan, tier="disk", history=cache, host=0 if on_cpu else cache, host_limit=None if on_cpu else _main_memory()[1])
+
+
+def page_cache_bytes(host_memory: float | None) -> int:
+    """Bytes of host memory for the pages of a history on disk, from GiB asked for."""
+    return round(host_memory * GIB) if host_memory is not None else (_main_memory()[1] or 16 * GIB) // 4
+
+
+def tier_of(backend: AttentionBackend) -> str:
+    return backend.tier if isinstance(backend, HGAAttention) else "device"
+
+
+def purpose(path: tuple) -> str:
+    """What a leaf of an attention state, by its path, is held for: history, windows, bank or summaries."""
+    names = [getattr(part, "name", None) for part in path]
+    if "bank" in names:
+        return "bank"
+    if "window" in names:
+        return "windows"
+    return "history" if "pages" in names else "summaries"
 
 
 def _bytes(tree: Any) -> int:
@@ -100,10 +209,14 @@ def _memory(device: jax.Device) -> tuple[str, int | None]:
     stats = device.memory_stats() if device.platform != "cpu" else None
     if stats and "bytes_limit" in stats:
         return f"{device.device_kind} memory", int(stats["bytes_limit"])
+    return _main_memory()
+
+
+def _main_memory() -> tuple[str, int | None]:
     try:
         with open("/proc/meminfo") as lines:
             table = dict(line.split(":", 1) for line in lines)
-        return "available main memory", int(table["MemAvailable"].split()[0]) * 1024
+        return MAIN_MEMORY, int(table["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         pass
     try:

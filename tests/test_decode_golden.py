@@ -35,7 +35,7 @@ def test_every_token_sees_the_golden_keys(run):
     store = jnp.asarray(padded.reshape(2, -1, group, kv_heads, head_dim).transpose(3, 1, 0, 2, 4))
 
     how = {"implementation": "xla" if run == "xla" else "pallas", "interpret": run == "interpret"}
-    routing = sketch.Config(unpack="arithmetic" if run == "interpret" else "asm")
+    routing = sketch.Config(unpack="arithmetic" if run == "interpret" else "asm", scan_programs=4)
     attention = decode.Config(window_splits=4, splits=8, tile_pages=4)
 
     @jax.jit
@@ -46,13 +46,17 @@ def test_every_token_sees_the_golden_keys(run):
         used = jnp.where(slot < sinks * in_chunk, slot < first, page < (own + 1) * in_chunk)
         valid = jnp.where(used, jnp.clip(token + 1 - page * group, 0, group), 0)
         window = store[:, jnp.clip(page, 0, store.shape[1] - 1)]
-        part, columns = decode.window_attention(query, window, valid, scale=scale, rotation=jnp.asarray(rotation), config=attention, **how)
+        part, _ = decode.window_attention(query, window, valid, scale=scale, config=attention, **how)
+        columns = sketch.query_columns(query, jnp.asarray(rotation), **how)
+        carried = sketch.carried_pages(stamps, own, capacity=128, config=routing, **how)
+        old, _ = decode.page_attention(query, *carried, store, scale=scale, config=attention, **how)
         pages = sketch.sketch_routing(
-            columns, means, codes, scales, stamps, part.stats, own, sink_chunks=sinks, local_chunks=local, group_size=group,
-            threshold=meta["threshold"], capacity=128, scale=scale, config=routing, **how,
+            columns, means, codes, scales, stamps, part.stats, own, (token + 1) // chunk, sink_chunks=sinks, local_chunks=local,
+            group_size=group, threshold=meta["threshold"], capacity=128, scale=scale, config=routing, **how,
         )  # fmt: skip
-        more, _ = decode.page_attention(query, pages.ids, pages.counts, store, scale=scale, config=attention, **how)
-        return decode.merge([part, more], jnp.float32, config=attention, **how), pages.stamps, pages.counts[:, 0] * group + valid.sum()
+        new, _ = decode.page_attention(query, *pages.fresh, store, scale=scale, config=attention, **how)
+        out = decode.merge([part, old, new], jnp.float32, config=attention, **how).out
+        return out, pages.stamps, pages.counts[:, 0] * group + valid.sum()
 
     stamps = jnp.full((kv_heads, closed // group), -2, jnp.int32)
     for token in range(length):

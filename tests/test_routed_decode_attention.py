@@ -56,9 +56,9 @@ def test_windows_and_pages(run, heads, head_dim, dtype):
     listed = [sorted(rng.permutation(37)[:19]), sorted(rng.permutation(37)[:1])]
     ids, counts = page_list(listed, 24)
     scale = head_dim**-0.5
-    part, _ = decode.window_attention(query, window, jnp.asarray(valid), scale=scale, **how)
+    part, *_ = decode.window_attention(query, window, jnp.asarray(valid), scale=scale, **how)
     more, _ = decode.page_attention(query, ids, counts, store, scale=scale, **how)
-    out = decode.merge([part, more], dtype, **how)
+    out = decode.merge([part, more], dtype, **how).out
     assert out.dtype == dtype
     expected = reference_attention(query, window, valid, store, listed, None, scale)
     assert np.abs(np.asarray(out, np.float64) - expected).max() <= tolerance(dtype) * np.abs(expected).max()
@@ -70,12 +70,12 @@ def test_no_pages_and_all_pages(run, listed):
     how = settings(run)
     query, window, valid, store = problem(2, 4, 64, pages=9, group=16, windows=1, dtype=np.float32)
     ids, counts = page_list(listed, 9)
-    part, _ = decode.window_attention(query, window, jnp.asarray(valid), scale=0.125, **how)
+    part, *_ = decode.window_attention(query, window, jnp.asarray(valid), scale=0.125, **how)
     more, _ = decode.page_attention(query, ids, counts, store, scale=0.125, **how)
     expected = reference_attention(query, window, valid, store, listed, None, 0.125)
-    np.testing.assert_allclose(decode.merge([part, more], np.float32, **how), expected, atol=1e-5)
+    np.testing.assert_allclose(decode.merge([part, more], np.float32, **how).out, expected, atol=1e-5)
     alone = reference_attention(query, window, 0 * valid, store, listed, None, 0.125)
-    np.testing.assert_allclose(decode.merge([more], np.float32, **how), alone, atol=1e-5)
+    np.testing.assert_allclose(decode.merge([more], np.float32, **how).out, alone, atol=1e-5)
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -86,24 +86,28 @@ def test_each_head_sees_its_own_pages(run):
     bits = rng.integers(0, 2**7, (2, 32)).astype(np.int32) & ~4  # head 2 sees no page at all
     heads = [{page: {n for n in range(7) if bits[k, i] >> n & 1} for i, page in enumerate(listed[k])} for k in range(2)]
     ids, counts = page_list(listed, 32)
-    part, _ = decode.window_attention(query, window, jnp.asarray(valid), scale=0.125, **how)
+    part, *_ = decode.window_attention(query, window, jnp.asarray(valid), scale=0.125, **how)
     more, _ = decode.page_attention(query, ids, counts, store, scale=0.125, heads=jnp.asarray(bits), **how)
     expected = reference_attention(query, window, valid, store, listed, heads, 0.125)
-    np.testing.assert_allclose(decode.merge([part, more], np.float32, **how), expected, atol=1e-5)
+    np.testing.assert_allclose(decode.merge([part, more], np.float32, **how).out, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_rotation_comes_with_the_windows(run):
-    how, rng = settings(run), np.random.default_rng(2)
-    rotation = np.linalg.qr(rng.standard_normal((80, 80)))[0].astype(np.float32)
-    query, window, valid, _ = problem(2, 3, 80, pages=1, group=16, windows=3, dtype=jnp.bfloat16)
-    _, columns = decode.window_attention(query, window, jnp.asarray(valid), scale=1.0, rotation=jnp.asarray(rotation), **how)
-    exact = np.asarray(query, np.float64)
-    for found, expected, bits in ((columns.direct, exact, 16), (columns.rotated, exact @ rotation, 19)):
-        high, low = np.split(np.asarray(found, np.float64), 2, axis=-1)
-        np.testing.assert_allclose((high + low)[..., :3].swapaxes(1, 2), expected, atol=8 * 2.0**-bits)
-        assert not high[..., 3:].any()
-        assert not low[..., 3:].any()
+def test_the_newest_token_joins_the_windows(run):
+    """The pages of the windows named by their places in a larger array, the token's row written there and attended to."""
+    how, rng = settings(run), np.random.default_rng(4)
+    query, store, _, _ = problem(2, 4, 64, pages=1, group=8, windows=9, dtype=np.float32)
+    key, value = (jnp.asarray(rng.standard_normal((2, 64)), jnp.float32) for _ in range(2))
+    pages, valid, place = np.array([7, -1, 2, 5, 20], np.int32), np.array([8, 0, 8, 4, 0], np.int32), jnp.array([3, 3])
+    fresh = decode.FreshToken(key, value, place)
+    part, _, after = decode.window_attention(
+        query, store + 0, jnp.asarray(valid), pages=jnp.asarray(pages), fresh=fresh, scale=0.125, **how
+    )  # fmt: skip
+    expected = store.at[:, 5, 0, 3].set(key).at[:, 5, 1, 3].set(value)
+    np.testing.assert_array_equal(after, expected)
+    there = expected[:, np.array([7, 2, 5])]
+    expected = reference_attention(query, there, valid[[0, 2, 3]], store, [[], []], None, 0.125)
+    np.testing.assert_allclose(decode.merge([part], np.float32, **how).out, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -114,7 +118,7 @@ def test_bank_keeps_the_pages_used_last(run, slots):
     query, window, valid, store = problem(2, 4, 64, pages=50, group=8, windows=2, dtype=np.float32)
     bank = decode.Bank(jnp.zeros((2, slots, 2, 8, 64)), jnp.full((2, 50), -1, jnp.int32), jnp.full((2, slots), -1, jnp.int32))
     recency = np.full((2, 50), -2, np.int32)
-    part, _ = decode.window_attention(query, window, jnp.asarray(valid), scale=0.125, **how)
+    part, *_ = decode.window_attention(query, window, jnp.asarray(valid), scale=0.125, **how)
     for now in range(1, 13):
         held = np.asarray(bank.slot_page)
         listed = [sorted(rng.permutation(np.arange(2 * now, 2 * now + 14))[: rng.integers(0, 11)]) for _ in range(2)]
@@ -124,7 +128,7 @@ def test_bank_keeps_the_pages_used_last(run, slots):
         bank, plan = decode.plan_bank(bank, ids, counts, jnp.asarray(recency), jnp.int32(now), **how)
         more, bank = decode.page_attention(query, ids, counts, store, scale=0.125, bank=bank, plan=plan, **how)
         expected = reference_attention(query, window, valid, store, listed, None, 0.125)
-        np.testing.assert_allclose(decode.merge([part, more], np.float32, **how), expected, atol=1e-5)
+        np.testing.assert_allclose(decode.merge([part, more], np.float32, **how).out, expected, atol=1e-5)
         pages, page_slot, slot_page = (np.asarray(x) for x in (bank.pages, bank.page_slot, bank.slot_page))
         for k in range(2):
             before, after = set(held[k]) - {-1}, set(slot_page[k]) - {-1}
@@ -143,13 +147,16 @@ def test_bank_keeps_the_pages_used_last(run, slots):
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_appended_pages_land_in_their_place(run):
+def test_copied_pages_land_in_their_place(run):
     how = settings(run)
     store = jnp.asarray(np.random.default_rng(0).standard_normal((2, 9, 2, 8, 80)), jnp.bfloat16)
-    out = decode.append_page(
-        store + 0, jnp.ones((2, 4, 2, 8, 80), jnp.bfloat16), jnp.int32(3), implementation=how["implementation"], interpret=how["interpret"]
-    )
-    np.testing.assert_array_equal(out, store.at[:, 3:7].set(1))
+    fresh = jnp.asarray(np.random.default_rng(1).standard_normal((2, 6, 2, 8, 80)), jnp.bfloat16)
+    for target, source, count, most in ((3, 1, 4, 4), (7, 4, 2, 6), (0, 0, 1, 6), (5, 2, 0, 2)):
+        out = decode.copy_pages(
+            store + 0, fresh, target_page=jnp.int32(target), source_page=jnp.int32(source), count=jnp.int32(count), most=most,
+            implementation=how["implementation"], interpret=how["interpret"],
+        )  # fmt: skip
+        np.testing.assert_array_equal(out, store.at[:, target : target + count].set(fresh[:, source : source + count]))
 
 
 @pytest.mark.gpu
@@ -167,12 +174,15 @@ def test_host_pages_are_read_and_written_in_place():
     program = jax.jit(attend, in_shardings=(host, device, device, device), out_shardings=device)
     store_host = jax.device_put(store, host)
     assert " copy(" not in program.lower(store_host, query, ids, counts).compile().as_text()
-    out = decode.merge([program(store_host, query, ids, counts)], np.float32, implementation="pallas")
+    out = decode.merge([program(store_host, query, ids, counts)], np.float32, implementation="pallas").out
     expected = reference_attention(query, window, 0 * valid, store, listed, None, 0.1)
     np.testing.assert_allclose(out, expected, atol=1e-2)
     fresh = jnp.ones((2, 4, 2, 16, 128), jnp.bfloat16)
     write = jax.jit(
-        lambda store, fresh, page: decode.append_page(jax.device_put(store, jax.memory.Space.Host), fresh, page, implementation="pallas"),
+        lambda store, fresh, page: decode.copy_pages(
+            jax.device_put(store, jax.memory.Space.Host), fresh, target_page=page, source_page=jnp.int32(0), count=jnp.int32(4), most=4,
+            implementation="pallas",
+        ),
         donate_argnums=0, in_shardings=(host, device, device), out_shardings=host,
     )  # fmt: skip
     text = write.lower(store_host, fresh, jnp.int32(8)).compile().as_text()

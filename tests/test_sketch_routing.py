@@ -5,7 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.sketch_routing import Config, append_sketch, pack_codes, query_columns, sketch_chunks, sketch_routing, unpack_codes
+from pallas_kernels.sketch_routing import (
+    Config,
+    append_sketch,
+    carried_pages,
+    pack_codes,
+    query_columns,
+    sketch_chunks,
+    sketch_routing,
+    unpack_codes,
+)
 from pallas_kernels.sketch_routing.reference import reference_routing
 
 RUNS = ["xla", "interpret", pytest.param("native", marks=pytest.mark.gpu)]
@@ -16,7 +25,7 @@ def settings(run, **config):
         pytest.skip("needs a CUDA GPU")
     if run == "xla":
         return {"implementation": "xla"}
-    config = Config(unpack="arithmetic" if run == "interpret" else "asm", **config)
+    config = Config(unpack="arithmetic" if run == "interpret" else "asm", **({"scan_programs": 4} | config))
     return {"implementation": "pallas", "interpret": run == "interpret", "config": config}
 
 
@@ -35,26 +44,37 @@ def problem(kv_heads, heads, head_dim, chunks, chunk, group, dtype=np.float32, s
     return query, rotation, means, codes, scales, jnp.asarray(stamps), window, window_scores
 
 
-def check(run, query, rotation, means, codes, scales, stamps, window, window_scores, *, own, config=None, **rules):
+def check(run, query, rotation, means, codes, scales, stamps, window, window_scores, *, own, closes=0, config=None, **rules):
+    data_stamps = np.asarray(stamps)
     rotated = (query.astype(np.float64) @ rotation).astype(np.float32)
+    how = settings(run, **(config or {}))
+    plain = {"implementation": how["implementation"], "interpret": how.get("interpret", False)}
     out = sketch_routing(
-        query_columns(jnp.asarray(query), jnp.asarray(rotation)),
+        query_columns(jnp.asarray(query), jnp.asarray(rotation), **plain),
         means,
         codes,
         scales,
         stamps + 0,
         window,
         jnp.int32(own),
+        jnp.int32(own + closes),
         **rules,
-        **settings(run, **(config or {})),
+        **how,
     )
     stamps, listed, refused, masses = reference_routing(
         query, rotated, means, np.asarray(unpack_codes(codes)), scales, stamps, window_scores, own, **rules
     )
     # The reference is float64: a mass this close to the threshold may fall on either side, so the cases avoid it.
     assert not (np.abs(masses / rules["threshold"] - 1) < 1e-4).any(), "pick another seed"
+    before = carried_pages(jnp.asarray(data_stamps), jnp.int32(own), capacity=rules["capacity"], **how)
     for k in range(len(listed)):
-        assert list(np.asarray(out.ids[k, : out.counts[k, 0]])) == listed[k]
+        old, fresh, carried = (list(np.asarray(x.ids[k, : int(x.count[k, 0])])) for x in (before, out.fresh, out.carried))
+        assert old == [page for page in range(data_stamps.shape[1]) if data_stamps[k, page] >= own - 1][: rules["capacity"]]
+        assert sorted(old + fresh) == listed[k]
+        assert carried == [page for page in listed[k] if stamps[k, page] >= own + closes - 1]
+        opened = np.isin(np.arange(data_stamps.shape[1]), listed[k])
+        np.testing.assert_allclose(out.unopened[k], masses[k][:, ~opened].sum(-1), atol=1e-5)
+        assert int(out.counts[k, 0]) == len(listed[k])
     np.testing.assert_array_equal(out.stamps, stamps)
     np.testing.assert_array_equal(out.counts[:, 1], refused)
     return listed
@@ -67,7 +87,14 @@ def test_same_pages_as_reference(run, heads, head_dim):
     stamps = jnp.where(jnp.arange(52) // 4 < 2, -2, jnp.where(jnp.arange(52) // 4 >= 10, -2, data[5]))
     data = (*data[:5], stamps, *data[6:])
     rules = {"sink_chunks": 2, "local_chunks": 2, "group_size": 4, "threshold": 0.02, "capacity": 64, "scale": head_dim**-0.5}
-    listed = check(run, *data, own=12, config={"block_chunks": 2, "select_pages": 16 if heads % 2 else 64}, **rules)
+    listed = check(
+        run,
+        *data,
+        own=12,
+        config={"block_chunks": 2, "select_pages": 16 if heads % 2 else 64, "scan_ahead": heads > 4},
+        closes=heads % 2,
+        **rules,
+    )
     assert all(0 < len(pages) <= 32 for pages in listed)
 
 
@@ -104,6 +131,20 @@ def test_a_tiny_threshold_opens_everything(run):
     assert check(run, *data[:5], jnp.full_like(data[5], -2), *data[6:], own=12, **rules) == [list(range(8, 40))]
 
 
+@pytest.mark.parametrize("run", RUNS)
+def test_query_columns_are_exact_halves(run):
+    how, rng = settings(run), np.random.default_rng(2)
+    rotation = np.linalg.qr(rng.standard_normal((80, 80)))[0].astype(np.float32)
+    query = jnp.asarray(rng.standard_normal((2, 3, 80)), jnp.bfloat16)
+    columns = query_columns(query, jnp.asarray(rotation), implementation=how["implementation"], interpret=how.get("interpret", False))
+    exact = np.asarray(query, np.float64)
+    for found, expected, bits in ((columns.direct, exact, 16), (columns.rotated, exact @ rotation, 19)):
+        high, low = np.split(np.asarray(found, np.float64), 2, axis=-1)
+        np.testing.assert_allclose((high + low)[..., :3].swapaxes(1, 2), expected, atol=8 * 2.0**-bits)
+        assert not high[..., 3:].any()
+        assert not low[..., 3:].any()
+
+
 def test_packing_is_what_the_docstring_says_and_inverts():
     codes = np.random.default_rng(0).integers(0, 4, (3, 80))
     packed = np.asarray(pack_codes(jnp.asarray(codes)))
@@ -130,8 +171,8 @@ def test_sizes_that_do_not_fit_are_named():
         jax.eval_shape(
             lambda codes, means: sketch_routing(
                 query_columns(jnp.zeros((4, 2, 128)), jnp.eye(128)), means, codes, jnp.zeros((4, 2**24)), jnp.zeros((4, 2**20), jnp.int32),
-                jnp.zeros((4, 1, 2, 2)), jnp.int32(5), sink_chunks=1, local_chunks=1, group_size=16, threshold=0.1, capacity=8, scale=1.0,
-                implementation="pallas", interpret=True,
+                jnp.zeros((4, 1, 2, 2)), jnp.int32(5), jnp.int32(5), sink_chunks=1, local_chunks=1, group_size=16, threshold=0.1,
+                capacity=8, scale=1.0, implementation="pallas", interpret=True,
             ),
             jax.ShapeDtypeStruct((4, 2**24, 32), jnp.uint8), jax.ShapeDtypeStruct((4, 2**18, 128), jnp.bfloat16),
         )  # fmt: skip

@@ -1,8 +1,10 @@
 """Attention of one decoded token, all layers in one program: routing, fetch, attention; beside dense decode and whole-layer copies.
 
-Random keys. Sketch policy: stamps make the chosen number of pages visible, so that the work is what the options say. Paper policy: what 16
-chunks and 64 groups open, whose union over random heads is wide; `tokens_listed` is counted in the checked layer. Every timed program is
-checked first: its outputs against the XLA twin on the same arrays.
+What runs is the backend that generation runs, over random keys and sketches. Regimes: `device` (the history on the device), `host` (every
+routed page from the host, none kept), `bank` (every page found in the device's bank), `drift` (a bank, and new random queries for every
+token, each of which opens about one page a kv head that no earlier one asked for). Where queries stand still, stamps make the chosen number
+of pages visible. Sketch policy; paper policy: what 16 chunks and 64 groups open, whose union over random heads is wide (device, host). A
+layer's output is checked against the XLA operations on the same arrays before anything is timed.
 """
 
 from __future__ import annotations
@@ -17,8 +19,9 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,24 +30,29 @@ import numpy as np
 from jax import lax
 from jax.sharding import SingleDeviceSharding
 
-from pallas_kernels import paper_routing, routed_decode_attention, sketch_routing
-from pallas_kernels.routed_decode_attention import Bank
+from hga_jax.attention import HGAAttention
+from hga_jax.blocks import LayerState
+from hga_jax.cache import HostHistory
+from hga_jax.cache.host import put_on_host
+from hga_jax.config import HGAConfig, ModelConfig, RopeConfig
+from hga_jax.decoding import How, decode_token
+from hga_jax.programs import concurrent_launches
+from pallas_kernels.dispatch import on_cuda
 
 SHAPES = {  # layers, query heads, kv heads, head dim
     "qwen3-30b-a3b": (48, 32, 4, 128),
     "qwen3-0.6b": (28, 16, 8, 128),
     "smollm2-135m": (30, 9, 3, 64),
 }
+REGIMES = ("device", "bank", "host", "drift")
 CHUNK, GROUP, SINKS, LOCAL = 64, 16, 2, 8
 WINDOW_PAGES = (SINKS + LOCAL + 1) * CHUNK // GROUP
+WARM_TOKENS = 128  # drift: two chunks, after which as many pages expire as open
 
 
 @dataclass(frozen=True)
 class Case:
-    """policy: sketch or paper. tier: device (whole history on the device), host, or bank (every page found in it).
-
-    tokens: routed tokens a kv head.
-    """
+    """policy: sketch or paper. regime: see above. tokens: routed tokens a kv head (sketch policy)."""
 
     layers: int
     heads: int
@@ -53,30 +61,44 @@ class Case:
     history: int
     tokens: int
     policy: str = "sketch"
-    tier: str = "host"
-    capacity: int = 1024
-    route: bool = True
-    attend: bool = True
-
-    @property
-    def group_heads(self) -> int:
-        return self.heads // self.kv_heads
+    regime: str = "host"
 
     @property
     def pages(self) -> int:
         return self.history // GROUP
 
     @property
-    def scale(self) -> float:
-        return self.head_dim**-0.5
+    def listed(self) -> int:
+        """Routed pages a kv head."""
+        return min(self.tokens // GROUP, self.pages - WINDOW_PAGES)
+
+    @property
+    def capacity(self) -> int:
+        """Room for the tokens that drift adds."""
+        return self.history + 4 * WARM_TOKENS
+
+    @property
+    def backend(self) -> HGAAttention:
+        # Random sketches give Gaussian scores: at a share of 0.5 no page passes; drift opens about one page a token, see `drift_threshold`.
+        threshold = 0.5 if self.regime != "drift" else drift_threshold(self)
+        config = HGAConfig(sink_chunks=SINKS, local_chunks=LOCAL, policy=self.policy, threshold=threshold)
+        bank = 2 * max(self.listed, 128) if self.regime in ("bank", "drift") else 0
+        return HGAAttention(config, RopeConfig(theta=1e6), tier="device" if self.regime == "device" else "host", bank_pages=bank)
+
+
+def drift_threshold(case: Case) -> float:
+    """The share of mass that one page a token and kv head passes when scores are unit Gaussians, as the made-up sketches' are.
+
+    A page's score is the largest of GROUP; there are `heads` of them. Mass is summed over all pages.
+    """
+    scores = np.random.default_rng(0).standard_normal((64, case.pages, GROUP)).max(-1)
+    share = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
+    wanted = 1 / (case.heads // case.kv_heads)
+    return float(np.quantile(share, 1 - wanted / case.pages))
 
 
 def sharding(kind: str) -> SingleDeviceSharding:
     return SingleDeviceSharding(jax.devices()[0], memory_kind=kind)
-
-
-def host_kind() -> str:
-    return "pinned_host" if jax.default_backend() == "gpu" else "device"
 
 
 @partial(jax.jit, static_argnums=(1, 2))
@@ -84,101 +106,118 @@ def _normal(key, shape, dtype):
     return jax.random.normal(key, shape, jnp.float32).astype(dtype)
 
 
-def make_layer(case: Case, seed: int, store: Any) -> dict[str, Any]:
-    """One layer's arrays; `store` is shared when the caller wants fewer distinct histories than layers."""
-    keys = jax.random.split(jax.random.key(seed), 8)
-    k, h, pages, chunks = case.kv_heads, case.head_dim, case.pages, case.history // CHUNK
-    own = chunks  # the token decoded opens a new chunk
-    rng = np.random.default_rng(seed)
-    ids = np.zeros((k, case.capacity), np.int32)
-    middle = np.arange(SINKS * CHUNK // GROUP, (own - LOCAL) * CHUNK // GROUP)
-    count = min(case.tokens // GROUP, len(middle))
-    stamps = np.full((k, pages), -2, np.int32)
-    for i in range(k):
-        ids[i, :count] = np.sort(rng.permutation(middle)[:count])
-        stamps[i, ids[i, :count]] = own - 1
-    layer = {
-        "window": _normal(keys[0], (k, WINDOW_PAGES, 2, GROUP, h), jnp.bfloat16),
-        "ids": jnp.asarray(ids), "counts": jnp.full((k, 2), jnp.array([count, 0]), jnp.int32),
-    }  # fmt: skip
-    if case.policy == "sketch":
-        layer |= {
-            "means": _normal(keys[1], (k, chunks, h), jnp.bfloat16),
-            "codes": jax.random.bits(keys[2], (k, case.history, h // 4), jnp.uint8),
-            "scales": 0.1 * jnp.abs(_normal(keys[3], (k, case.history), jnp.bfloat16)),
-        }
+def make_state(case: Case, seed: int) -> LayerState:
+    """One layer's made-up history. Sketches: means are zero and scales such that scores of unit queries are unit Gaussians."""
+    backend, keys = case.backend, jax.random.split(jax.random.key(seed), 4)
+    state = backend.init_state(case.capacity, case.kv_heads, case.head_dim, jnp.bfloat16)
+    pages = _normal(keys[0], state.history.pages.shape, jnp.bfloat16)
+    history = replace(state.history, length=jnp.int32(case.history))
+    if isinstance(history, HostHistory):
+        history = replace(history, pages=put_on_host(pages), window=_normal(keys[1], history.window.shape, jnp.bfloat16))
     else:
-        layer |= {
-            "chunk_sums": _normal(keys[1], (k, chunks, h), jnp.bfloat16),
-            "group_sums": _normal(keys[2], (k, pages, h), jnp.bfloat16),
-        }
-    state = {"stamps": jnp.asarray(stamps)}
+        history = replace(history, pages=pages)
+    state = replace(state, history=history)
     if case.policy == "paper":
-        state = {"marks": paper_routing.empty_marks(k, pages)}
-    if case.tier == "bank":
-        slots = max(2 * count, 16)
-        page_slot, slot_page = np.full((k, pages), -1, np.int32), np.full((k, slots), -1, np.int32)
-        for i in range(k):
-            where = rng.permutation(slots)[:count]
-            page_slot[i, ids[i, :count]], slot_page[i, where] = where, ids[i, :count]
-        state["bank"] = Bank(_normal(keys[4], (k, slots, 2, GROUP, h), jnp.bfloat16), jnp.asarray(page_slot), jnp.asarray(slot_page))
-    return {"const": layer, "state": state, "store": store}
+        sums = state.summaries
+        chunks, groups = (_normal(key, x.shape, jnp.bfloat16) for key, x in zip(keys[2:], (sums.chunks, sums.groups), strict=True))
+        return replace(state, summaries=replace(sums, chunks=chunks, groups=groups))
+    sketches = state.summaries
+    codes = jax.random.bits(keys[2], sketches.codes.shape, jnp.uint8)
+    scales = jnp.full(sketches.scales.shape, 0.9, jnp.bfloat16)  # 1 / rms of the four levels, equally often
+    stamps = np.full(state.stamps.shape, -2, np.int32)
+    if case.regime != "drift":
+        rng, own = np.random.default_rng(seed), case.history // CHUNK
+        middle = np.arange(SINKS * CHUNK // GROUP, (own - LOCAL) * CHUNK // GROUP)
+        for row in stamps:
+            row[rng.permutation(middle)[: case.listed]] = own
+    return replace(state, summaries=replace(sketches, codes=codes, scales=scales), stamps=jnp.asarray(stamps))
 
 
-def layer_step(case: Case, query, rotation, layer: dict, state: dict, store, configs: dict, implementation: str):
-    """One layer's decode attention: (output [K, G, H], new state, [pages listed, refused] a kv head)."""
-    attention = {"implementation": implementation, "config": configs["attention"]}
-    own = jnp.int32(case.history // CHUNK)
-    valid = jnp.where(jnp.arange(WINDOW_PAGES) == WINDOW_PAGES - CHUNK // GROUP, 1, GROUP) * (
-        jnp.arange(WINDOW_PAGES) <= WINDOW_PAGES - CHUNK // GROUP
+def token_program(case: Case, steps: int) -> Callable:
+    """`steps` tokens in one program: each layer's output is the next layer's query (drift: added to a new one)."""
+    backend, moving = case.backend, case.regime == "drift"
+
+    def tokens(queries, key, value, states, position):
+        states = tuple(backend.start_decoding(state, position) for state in states)
+
+        def one(i, carry):
+            query, states, hits, wanted = carry
+            done = []
+            for layer, state in enumerate(states):
+                fresh = queries[(position + i + layer) % len(queries)]
+                query = fresh + 1e-3 * query if moving else query
+                query, state, stats = backend.decode(query, key, value, state, position + i if moving else position)
+                hits, wanted = (hits + stats.bank_hits, wanted + stats.bank_requests) if moving else (hits, wanted)
+                done.append(state)
+            return query, tuple(done), hits, wanted
+
+        nothing = jnp.float32(0)
+        query, states, hits, wanted = lax.fori_loop(0, steps, one, (queries[0], states, nothing, nothing))
+        return query, tuple(backend.finish_decoding(state, position) for state in states), hits, wanted
+
+    return jax.jit(tokens, donate_argnums=3, compiler_options=concurrent_launches(on_cuda()))
+
+
+def measure(case: Case, *, steps: int = 8, repeats: int = 7, trace: bool = True) -> dict[str, Any]:
+    """Check one layer against the XLA operations, then time the whole program."""
+    queries = _normal(jax.random.key(99), (WARM_TOKENS, case.heads, case.head_dim), jnp.bfloat16)
+    key, value = (_normal(jax.random.key(i), (case.kv_heads, case.head_dim), jnp.bfloat16) for i in (97, 98))
+    position = case.history
+    before = jax.devices()[0].memory_stats() or {}
+    states = tuple(make_state(case, i) for i in range(case.layers))
+    jax.block_until_ready(states)
+    error, listed = _check(case, queries[0], key, value, position)
+    program = token_program(case, steps)
+    start = time.perf_counter()
+    compiled = program.lower(queries, key, value, states, jnp.int32(position)).compile()
+    compile_seconds = time.perf_counter() - start
+    box: dict[str, Any] = {"states": states, "position": position, "hits": 0.0, "wanted": 0.0}
+    del states
+
+    def call():
+        out, box["states"], hits, wanted = compiled(queries, key, value, box["states"], jnp.int32(box["position"]))
+        if case.regime == "drift":
+            box["position"] += steps
+            box["hits"], box["wanted"] = box["hits"] + hits, box["wanted"] + wanted
+        return out
+
+    for _ in range(2 if case.regime != "drift" else WARM_TOKENS // steps):
+        jax.block_until_ready(call())
+    box |= {"hits": 0.0, "wanted": 0.0}
+    seconds = median_seconds(call, repeats)
+    after = jax.devices()[0].memory_stats() or {}
+    result = {
+        "regime": case.regime, "policy": case.policy, "history": case.history, "layers": case.layers, "tokens_listed": listed,
+        "ms_per_token": seconds / steps * 1e3, "us_per_layer": seconds / steps / case.layers * 1e6, "relative_error": error,
+        "checked": error < 1e-2, "compile_seconds": compile_seconds,
+        "device_bytes": after.get("bytes_in_use", 0) - before.get("bytes_in_use", 0), "device_peak_bytes": after.get("peak_bytes_in_use"),
+    }  # fmt: skip
+    if case.regime == "drift":
+        tokens = repeats * steps * case.layers * case.kv_heads
+        result |= {
+            "bank_hit_rate": float(box["hits"]) / max(float(box["wanted"]), 1),
+            "tokens_listed": float(box["wanted"]) / tokens * GROUP,
+            "pages_fetched_per_token": float(box["wanted"] - box["hits"]) / tokens,
+        }
+    if trace:
+        times = kernel_times(call)
+        result["kernels"] = {name: {"launches_per_token": n / steps, "us": us} for name, (n, us) in times.items()}
+        result["launches_per_token"] = sum(n for n, _ in times.values()) / steps
+    return result
+
+
+def _check(case: Case, query: Any, key: Any, value: Any, position: int) -> tuple[float, float]:
+    """(relative error of a layer's output against the XLA operations, routed tokens a kv head)."""
+    backend, state = case.backend, make_state(case, 0)
+    on_device = replace(state, history=replace(state.history, pages=jax.device_put(state.history.pages, sharding("device"))))
+    out, _, stats = jax.jit(backend.decode)(query, key, value, state)
+    twin = jax.jit(
+        lambda query, state: decode_token(query, key, value, state, jnp.int32(position), backend.config, case.head_dim**-0.5, How("xla"))[0]
     )
-    ids, counts, seen_by = layer["ids"], layer["counts"], None
-    windows, columns = routed_decode_attention.window_attention(
-        query, layer["window"], valid, scale=case.scale, rotation=rotation if case.policy == "sketch" else None, **attention
-    )
-    if case.route and case.policy == "sketch":
-        pages = sketch_routing.sketch_routing(
-            columns, layer["means"], layer["codes"], layer["scales"], state["stamps"], windows.stats, own, sink_chunks=SINKS,
-            local_chunks=LOCAL, group_size=GROUP, threshold=0.5, capacity=case.capacity, scale=case.scale,
-            implementation=implementation, config=configs["sketch"],
-        )  # fmt: skip
-        state, ids, counts = state | {"stamps": pages.stamps}, pages.ids, pages.counts
-    elif case.route:
-        pages = paper_routing.paper_routing(
-            query, layer["chunk_sums"], layer["group_sums"], state["marks"], own, sink_chunks=SINKS, local_chunks=LOCAL, top_chunks=16,
-            top_groups=64, capacity=case.capacity, implementation=implementation, config=configs["paper"],
-        )  # fmt: skip
-        state, ids, counts, seen_by = state | {"marks": pages.marks}, pages.ids, pages.counts, pages.heads
-    if not case.attend:
-        return query, state, counts
-    bank, plan = state.get("bank"), None
-    if bank is not None:
-        recency = state["stamps"] if case.policy == "sketch" else jnp.zeros((case.kv_heads, case.pages), jnp.int32)
-        bank, plan = routed_decode_attention.plan_bank(bank, ids, counts, recency, own - 1, **attention)
-    routed, bank = routed_decode_attention.page_attention(
-        query, ids, counts, store, scale=case.scale, heads=seen_by, bank=bank, plan=plan, **attention
-    )
-    if bank is not None:
-        state = state | {"bank": bank}
-    return routed_decode_attention.merge([windows, routed], query.dtype, **attention), state, counts
-
-
-def token_program(case: Case, configs: dict, steps: int, store_kind: str) -> Callable:
-    """`steps` tokens in one program: each layer's output is the next layer's query, the last layer's the next token's."""
-    store_sharding, device = sharding(store_kind), sharding("device")
-
-    def tokens(query, rotation, consts, stores, states):
-        def one(_, carry):
-            query, states = carry
-            new = []
-            for const, store, state in zip(consts, stores, states, strict=True):
-                query, state, _ = layer_step(case, query, rotation, const, state, store, configs, "pallas")
-                new.append(state)
-            return query, tuple(new)
-
-        return one(0, (query, states)) if steps == 1 else lax.fori_loop(0, steps, one, (query, states))
-
-    return jax.jit(tokens, donate_argnums=4, in_shardings=(device, device, device, store_sharding, device), out_shardings=device)
+    expected = np.asarray(twin(query, on_device), np.float32)
+    windows = min(WINDOW_PAGES - CHUNK // GROUP, case.pages) * GROUP + 1
+    error = np.linalg.norm(np.asarray(out, np.float32) - expected) / np.linalg.norm(expected)
+    return float(error), float(stats.fetched_tokens) - windows
 
 
 def median_seconds(call: Callable[[], Any], repeats: int) -> float:
@@ -211,57 +250,13 @@ def kernel_times(call: Callable[[], Any]) -> dict[str, tuple[int, float]]:
     return {name: (len(all_), statistics.median(all_)) for name, all_ in durations.items()}
 
 
-def measure(case: Case, layers: list[dict], configs: dict, *, steps: int = 8, repeats: int = 7, trace: bool = False) -> dict[str, Any]:
-    """Check one layer against the XLA twin, then time the whole program."""
-    kind = host_kind() if case.tier != "device" else "device"
-    device = sharding("device")
-    query = _normal(jax.random.key(99), (case.kv_heads, case.group_heads, case.head_dim), jnp.bfloat16)
-    rotation = jnp.asarray(np.linalg.qr(np.random.default_rng(0).standard_normal((case.head_dim,) * 2))[0], jnp.float32)
-    consts, stores = tuple(x["const"] for x in layers), tuple(x["store"] for x in layers)
-    states = jax.tree.map(lambda x: x + 0, tuple(x["state"] for x in layers))
-    first = jax.jit(
-        lambda q, r, const, store, state, name: layer_step(case, q, r, const, state, store, configs, name)[::2],
-        static_argnums=5, in_shardings=(device, device, device, sharding(kind), device), out_shardings=device,
-    )  # fmt: skip
-    out, counts = first(query, rotation, consts[0], stores[0], states[0], "pallas")
-    out, listed = np.asarray(out, np.float32), float(np.mean(np.asarray(counts)[:, 0])) * GROUP
-    store = jax.device_put(stores[0], device)
-    twin = jax.jit(lambda q, r, const, store, state: layer_step(case, q, r, const, state, store, configs, "xla")[0])
-    expected = np.asarray(twin(query, rotation, consts[0], store, states[0]), np.float32)
-    error = float(np.linalg.norm(out - expected) / np.linalg.norm(expected))
-    program = token_program(case, configs, steps, kind)
-    start = time.perf_counter()
-    compiled = program.lower(query, rotation, consts, stores, states).compile()
-    compile_seconds = time.perf_counter() - start
-    box = {"query": query, "states": states}
-
-    def call():
-        box["query"], box["states"] = compiled(box["query"] * 0 + query, rotation, consts, stores, box["states"])
-        return box["query"]
-
-    for _ in range(2):
-        jax.block_until_ready(call())
-    seconds = median_seconds(call, repeats)
-    result = {
-        "tier": case.tier, "policy": case.policy, "history": case.history, "layers": case.layers, "tokens": case.tokens,
-        "tokens_listed": listed,
-        "ms_per_token": seconds / steps * 1e3, "us_per_layer": seconds / steps / case.layers * 1e6, "relative_error": error,
-        "checked": error < 1e-2, "compile_seconds": compile_seconds,
-    }  # fmt: skip
-    if trace:
-        times = kernel_times(call)
-        result["kernels"] = {name: {"launches_per_token": n / steps, "us": us} for name, (n, us) in times.items()}
-        result["launches_per_token"] = sum(n for n, _ in times.values()) / steps
-    return result
-
-
 def copy_ceilings() -> dict[str, float]:
     """GB/s: device memory (read plus write) and pinned host -> device, 512 MiB each."""
     x = jnp.ones((2**28,), jnp.bfloat16)
     double = jax.jit(lambda x: x * 2)
     double(x).block_until_ready()
     result = {"hbm_gb_s": 2 * x.nbytes / median_seconds(lambda: double(x), 9) / 1e9}
-    if host_kind() == "pinned_host":
+    if on_cuda():
         host = jax.device_put(x, sharding("pinned_host"))
         fetch = jax.jit(
             lambda x: jax.device_put(x, jax.memory.Space.Device), in_shardings=sharding("pinned_host"), out_shardings=sharding("device")
@@ -306,26 +301,17 @@ def floors(case: Case, tokens: float, ceilings: dict[str, float]) -> dict[str, f
     result = {"routing_bytes": routing, "window_bytes": windows, "page_bytes": pages}
     hbm, pcie = ceilings["hbm_gb_s"] * 1e3, ceilings.get("pcie_gb_s", float("nan")) * 1e3
     result["routing_us"] = routing / hbm
-    result["attention_us"] = windows / hbm + (pages / pcie if case.tier == "host" else pages / hbm)
+    result["attention_us"] = windows / hbm + (pages / pcie if case.regime == "host" else pages / hbm)
     result["ms_per_token"] = (result["routing_us"] + result["attention_us"]) * case.layers / 1e3
     return result
 
 
-def make_stores(case: Case, count: int, kind: str) -> list[Any]:
-    shape = (case.kv_heads, case.pages, 2, GROUP, case.head_dim)
-    stores = []
-    for i in range(count):
-        stores.append(jax.device_put(_normal(jax.random.key(1000 + i), shape, jnp.bfloat16), sharding(kind)))
-        stores[-1].block_until_ready()
-    return stores
-
-
-def default_configs() -> dict[str, Any]:
-    return {
-        "attention": routed_decode_attention.Config(),
-        "sketch": sketch_routing.Config(),
-        "paper": paper_routing.Config(),
-    }
+def read_shape(name: str) -> tuple[int, int, int, int]:
+    """(layers, query heads, kv heads, head dim) of a name or of a config.json."""
+    if name in SHAPES:
+        return SHAPES[name]
+    config = ModelConfig.from_hf(json.loads(Path(name).read_text()))
+    return config.layers, config.heads, config.kv_heads, config.head_dim
 
 
 def environment() -> dict[str, str]:
@@ -334,64 +320,60 @@ def environment() -> dict[str, str]:
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m hga_jax.bench decode", description=__doc__)
-    parser.add_argument("--shape", choices=SHAPES, default="qwen3-30b-a3b")
+    parser.add_argument("--shape", default="qwen3-30b-a3b", help=f"{', '.join(SHAPES)}, or a config.json")
+    parser.add_argument("--layers", type=int, help="fewer layers than the shape has, for long histories")
     parser.add_argument("--history", type=int, nargs="+", default=[65536], help="tokens of history")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1200], help="routed tokens a kv head, besides the windows' 704")
     parser.add_argument("--policy", nargs="+", choices=("sketch", "paper"), default=["sketch"])
-    parser.add_argument("--tier", nargs="+", choices=("device", "bank", "host"), default=["device", "bank", "host"])
-    parser.add_argument("--distinct", type=int, default=48, help="distinct layer histories; more layers share them")
+    parser.add_argument("--regime", nargs="+", choices=REGIMES, default=["device", "bank", "host"])
     parser.add_argument("--steps", type=int, default=8, help="tokens in one program")
     parser.add_argument("--dense", action="store_true", help="also dense decode on the device, XLA and cuDNN")
     parser.add_argument("--json", help="write the results here")
     options = parser.parse_args(argv)
-    if "paper" in options.policy and "bank" in options.tier:
-        parser.error(
-            "--policy paper --tier bank: the bank is measured with the sketch policy's stamps; choose --tier device host for paper"
-        )
-    layers, heads, kv_heads, head_dim = SHAPES[options.shape]
+    try:
+        layers, heads, kv_heads, head_dim = read_shape(options.shape)
+    except (OSError, ValueError) as error:
+        parser.error(f"--shape {options.shape}: {error}")
+    layers = options.layers or layers
     ceilings = copy_ceilings()
     print(environment(), {name: round(value) for name, value in ceilings.items()}, flush=True)
     report: dict[str, Any] = {"environment": environment(), "ceilings": ceilings, "shape": options.shape, "argv": argv, "results": []}
     for history in options.history:
-        base = Case(layers, heads, kv_heads, head_dim, history, 0)
-        for tiers in (("device",), ("bank", "host")):
-            chosen = [tier for tier in options.tier if tier in tiers]
-            if not chosen:
-                continue
-            stores = make_stores(base, min(layers, options.distinct), "device" if tiers == ("device",) else host_kind())
-            for tier in chosen:
-                for policy in options.policy:
-                    for tokens in options.tokens:
-                        case = Case(layers, heads, kv_heads, head_dim, history, tokens, policy, tier)
-                        made = [make_layer(case, i, stores[i % len(stores)]) for i in range(layers)]
-                        result = measure(case, made, default_configs(), steps=options.steps, trace=True)
-                        result["floor"] = floors(case, result["tokens_listed"], ceilings)
-                        report["results"].append(result)
-                        print_result(result)
-            del stores
+        for policy in options.policy:
+            for regime in options.regime:
+                if policy == "paper" and regime in ("bank", "drift"):
+                    continue  # the bank lives by the sketch policy's stamps
+                for tokens in options.tokens:
+                    case = Case(layers, heads, kv_heads, head_dim, history, tokens, policy, regime)
+                    result = measure(case, steps=options.steps)
+                    result["floor"] = floors(case, result["tokens_listed"], ceilings)
+                    report["results"].append(result)
+                    print_result(result)
         for name in ("xla", "cudnn") if options.dense else ():
             try:
-                dense = dense_decode(base, name)
-                report["results"].append({"tier": f"dense {name}", "history": history, **dense})
+                dense = dense_decode(Case(layers, heads, kv_heads, head_dim, history, 0), name)
+                report["results"].append({"regime": f"dense {name}", "history": history, **dense})
                 print(f"history {history:7d} dense {name:6s} {dense['ms_per_token']:8.3f} ms/token  {dense['gb_s']:.0f} GB/s", flush=True)
             except Exception as error:  # a baseline that this JAX or GPU lacks must not lose the other figures
                 print(f"history {history} dense {name}: {type(error).__name__} {str(error)[:200]}", flush=True)
         copied = history * kv_heads * head_dim * 4 * layers
         if "pcie_gb_s" in ceilings:
+            seconds = copied / ceilings["pcie_gb_s"] / 1e9
+            report["results"].append({"regime": "copy every layer", "history": history, "ms_per_token": seconds * 1e3})
             print(
-                f"history {history:7d} copying every layer's history each token: {copied / ceilings['pcie_gb_s'] / 1e6:.1f} ms/token",
+                f"history {history:7d} copying every layer's history each token, at the copy's rate: {seconds * 1e3:.1f} ms/token",
                 flush=True,
             )
     if options.json:
-        with open(options.json, "w") as file:
-            json.dump(report, file, indent=1)
+        Path(options.json).write_text(json.dumps(report, indent=1))
 
 
 def print_result(result: dict[str, Any]) -> None:
+    bank = f"bank hits {result['bank_hit_rate']:.3f}, " if "bank_hit_rate" in result else ""
     print(
-        f"history {result['history']:7d} {result['policy']:6s} {result['tier']:6s} routed {result['tokens_listed']:5.0f}: "
+        f"history {result['history']:7d} {result['policy']:6s} {result['regime']:6s} routed {result['tokens_listed']:5.0f}: "
         f"{result['ms_per_token']:7.3f} ms/token ({result['us_per_layer']:6.1f} us/layer, floor {result['floor']['ms_per_token']:.3f} ms), "
-        f"{result.get('launches_per_token', 0):.0f} launches, "
+        f"{result.get('launches_per_token', 0):.0f} launches, {bank}device {result['device_bytes'] / 2**20:.0f} MiB, "
         f"error {result['relative_error']:.1e} {'ok' if result['checked'] else 'WRONG'}, compiled in {result['compile_seconds']:.0f} s",
         flush=True,
     )

@@ -4,5 +4,6 @@ A *history* is a registered dataclass with the methods of `DeviceHistory`; atten
 """
 
 from hga_jax.cache.device import DeviceHistory
+from hga_jax.cache.host import HostHistory
 
-__all__ = ["DeviceHistory"]
+__all__ = ["DeviceHistory", "HostHistory"]

@@ -22,11 +22,12 @@ def page_count(capacity: int, group_size: int) -> int:
 class DeviceHistory:
     """K/V of every token so far. pages[k, p, 0] are the keys of kv head k, tokens p*g .. p*g+g-1; pages[k, p, 1] their values.
 
-    length: tokens held, int32 scalar. What lies beyond it is zero or stale and must be masked by the reader.
+    length: tokens held, int32 scalar (None inside a decode loop, where the position says it). What lies beyond it is zero or stale and
+    must be masked by the reader.
     """
 
     pages: Float[Array, "K P 2 g H"]
-    length: Int[Array, ""]
+    length: Int[Array, ""] | None
 
     @staticmethod
     def create(capacity: int, kv_heads: int, head_dim: int, group_size: int, dtype) -> DeviceHistory:

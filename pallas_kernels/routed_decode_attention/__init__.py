@@ -2,9 +2,12 @@
 
 from pallas_kernels.routed_decode_attention.api import (
     Bank,
+    FreshToken,
+    Merged,
     Partial,
     Plan,
-    append_page,
+    Windows,
+    copy_pages,
     merge,
     page_attention,
     plan_bank,
@@ -12,4 +15,17 @@ from pallas_kernels.routed_decode_attention.api import (
 )
 from pallas_kernels.routed_decode_attention.config import Config
 
-__all__ = ["Bank", "Config", "Partial", "Plan", "append_page", "merge", "page_attention", "plan_bank", "window_attention"]
+__all__ = [
+    "Bank",
+    "Config",
+    "FreshToken",
+    "Merged",
+    "Partial",
+    "Plan",
+    "Windows",
+    "copy_pages",
+    "merge",
+    "page_attention",
+    "plan_bank",
+    "window_attention",
+]

@@ -1,6 +1,7 @@
 """The public functions of decode attention; `implementation` picks the kernels or plain XLA.
 
-A decode step is `window_attention` (its stats also feed routing), routing, `plan_bank` where there is a bank, `page_attention`, `merge`.
+A decode step is `window_attention` (its stats also feed routing), `page_attention` over the pages that stay open, routing,
+`page_attention` over those the token opened, `merge`; `plan_bank` before each `page_attention` where there is a bank.
 """
 
 from __future__ import annotations
@@ -9,11 +10,11 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.routed_decode_attention import kernel, xla
 from pallas_kernels.routed_decode_attention.config import Config
-from pallas_kernels.sketch_routing import QueryColumns, query_columns
 
 Implementation = Literal["pallas", "xla"]
 
@@ -58,34 +59,51 @@ def _pallas(implementation: str) -> bool:
     return implementation == "pallas"
 
 
+class FreshToken(NamedTuple):
+    """A token to put into its page while the windows are read. place: its page's place in the window, its row in the page."""
+
+    key: Float[Array, "K H"]
+    value: Float[Array, "K H"]
+    place: Int[Array, " 2"]
+
+
+class Windows(NamedTuple):
+    """What window_attention returns: the partial result and the array with the token in it."""
+
+    partial: Partial
+    window: Float[Array, "K W 2 g H"]
+
+
 def window_attention(
     query: Float[Array, "K G H"],
     window: Float[Array, "K W 2 g H"],
-    valid: Int[Array, " W"],
+    valid: Int[Array, " places"],
     *,
     scale: float,
-    rotation: Float[Array, "H H"] | None = None,
+    pages: Int[Array, " places"] | None = None,
+    fresh: FreshToken | None = None,
     implementation: Implementation,
     config: Config | None = None,
     interpret: bool = False,
-) -> tuple[Partial, QueryColumns | None]:
+) -> Windows:
     """Attend to window pages on the device (sinks, local window, open chunk, in any order), the first valid[w] tokens of each.
 
-    Returns the partial result and, with `rotation`, sketch_routing.QueryColumns from the same launch (else None).
+    pages: which pages of `window` these are (None: its first ones, in order), so that a store of the whole history serves as it is.
+    fresh: the newest token, which `valid` already counts: written to its page, in place when `window` is donated.
     """
     if not _pallas(implementation):
-        partial = Partial(*xla.window_attention(query, window, valid, scale=scale))
-        return partial, None if rotation is None else query_columns(query, rotation)
-    acc, stats, *columns = kernel.window_attention(
-        query, window, valid, rotation, scale=scale, config=config or Config(), interpret=interpret
+        *part, window = xla.window_attention(query, window, valid, pages, fresh, scale=scale)
+        return Windows(Partial(*part), window)
+    acc, stats, *after = kernel.window_attention(
+        query, window, valid, pages, fresh, scale=scale, config=config or Config(), interpret=interpret
     )
-    return Partial(acc, stats), QueryColumns(*columns) if columns else None
+    return Windows(Partial(acc, stats), *after or (window,))
 
 
 def plan_bank(
     bank: Bank,
     ids: Int[Array, "K M"],
-    counts: Int[Array, "K 2"],
+    counts: Int[Array, "K _"],
     recency: Int[Array, "K P"],
     needed: Int[Array, ""],
     *,
@@ -107,7 +125,7 @@ def plan_bank(
 def page_attention(
     query: Float[Array, "K G H"],
     ids: Int[Array, "K M"],
-    counts: Int[Array, "K 2"],
+    counts: Int[Array, "K _"],
     store: Float[Array, "K P 2 g H"],
     *,
     scale: float,
@@ -136,33 +154,50 @@ def page_attention(
     return Partial(acc, stats), Bank(*tables) if tables else None
 
 
+class Merged(NamedTuple):
+    """out: attention outputs. targets: the arrays that something was handed over to."""
+
+    out: Float[Array, "K G H"]
+    targets: tuple[Int[Array, "K _"], ...]
+
+
 def merge(
     parts: list[Partial],
     dtype,
     *,
+    hand_over: tuple[tuple[Int[Array, "K _"], Int[Array, "K _"]], ...] = (),
     implementation: Implementation,
     config: Config | None = None,
     interpret: bool = False,
-) -> Float[Array, "K G H"]:
-    """Combine partial results into attention outputs, exactly; a head that saw no key gets zeros."""
+) -> Merged:
+    """Combine partial results into attention outputs, exactly; a head that saw no key gets zeros.
+
+    hand_over: pairs of small arrays (source, target) of equal shapes to copy in the same launch, the targets in place when donated: what
+    the next token needs, written only when nothing of this token reads the old values any more.
+    """
     if not _pallas(implementation):
-        return xla.merge(parts, dtype)
-    return kernel.merge(parts, dtype, config=config or Config(), interpret=interpret)
+        return Merged(xla.merge(parts, dtype), tuple(source for source, _ in hand_over))
+    out, *targets = kernel.merge(parts, dtype, hand_over, config=config or Config(), interpret=interpret)
+    return Merged(out, tuple(targets))
 
 
-def append_page(
-    store: Float[Array, "K P 2 g H"],
-    fresh: Float[Array, "K n 2 g H"],
-    page: Int[Array, ""],
+def copy_pages(
+    target: Float[Array, "K P 2 g H"],
+    source: Float[Array, "K n 2 g H"],
     *,
+    target_page: Int[Array, ""],
+    source_page: Int[Array, ""],
+    count: Int[Array, ""],
+    most: int,
     implementation: Implementation,
     interpret: bool = False,
 ) -> Float[Array, "K P 2 g H"]:
-    """Write the n pages of a closed chunk into the store at `page`, in place when it is donated.
+    """Copy `count` <= most neighbouring pages between any two memories, the target in place when it is donated.
 
-    Inside loops and conditionals wrap the result in `jax.device_put(out, jax.memory.Space.Host)`: a kernel's output is typed as device
-    memory although it stays where the donated store is.
+    The caller sees to it that they lie inside both. Where the target is host memory, wrap the result in
+    `jax.device_put(out, jax.memory.Space.Host)`: a kernel's output is typed as device memory although it stays where the donated array is.
     """
+    where = jnp.stack([source_page, target_page, count]).astype(jnp.int32)
     if not _pallas(implementation):
-        return jax.lax.dynamic_update_slice(store, fresh.astype(store.dtype), (0, page, 0, 0, 0))
-    return kernel.append_page(store, fresh, page[None].astype("int32"), interpret=interpret)
+        return xla.copy_pages(target, source, where, most)
+    return kernel.copy_pages(target, source, where, most, interpret=interpret)

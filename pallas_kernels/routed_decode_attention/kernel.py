@@ -1,4 +1,4 @@
-"""Kernels of T=1 attention: windows, routed pages (splits of the page list), exact merge, bank planning, page append."""
+"""Kernels of T=1 attention: windows, routed pages (splits of the page list), exact merge, bank planning, page copies."""
 
 from __future__ import annotations
 
@@ -63,78 +63,76 @@ def _write_partial(acc_ref, stats_ref, k, split, carry):
 
 def _window_kernel(
     query_ref,  # [K, G, H] device
-    window_ref,  # [K, W, 2, g, H] device
-    valid_ref,  # [W] i32 device: tokens of each page that count (the first ones)
-    *refs,  # with rotation: [H, H] f32 device; then out, device: acc [K, splits, G, H] f32, stats [K, splits, 2, G] f32
-    # (, direct [K, H, 2*Gp] bf16, rotated [K, H, 2*Gp] f16: see sketch_routing.QueryColumns)
+    window_ref,  # [K, W or P, 2, g, H] device
+    valid_ref,  # [W] i32 device: tokens of each window page that count (the first ones)
+    *refs,  # where they apply: pages [W] i32 (page of the array at each place of the window); with a fresh token key, value [K, H] and
+    # place [2] i32 (its place in the window, its row in the page); all device.
+    # Then out, device: acc [K, splits, G, H] f32, stats [K, splits, 2, G] f32 (, the window array again, in place)
     scale: float,
+    listed: bool,
+    fresh: bool,
     config: Config,
 ):
-    rotation_ref, acc_ref, stats_ref, direct_ref, rotated_ref = refs if len(refs) == 5 else (None, *refs, None, None)
+    refs = list(refs)
+    pages_ref = refs.pop(0) if listed else None
+    key_ref, value_ref, place_ref = (refs.pop(0) for _ in range(3)) if fresh else (None, None, None)
+    acc_ref, stats_ref = refs.pop(0), refs.pop(0)
+    window_out_ref = refs.pop(0) if fresh else None
     k, split = pl.program_id(0), pl.program_id(1)
-    pages, group_size, head_dim = window_ref.shape[1], window_ref.shape[3], window_ref.shape[4]
+    places, held_pages, group_size, head_dim = valid_ref.shape[0], window_ref.shape[1], window_ref.shape[3], window_ref.shape[4]
     query = _load_query(query_ref, k, scale)
     row = jnp.arange(config.window_tile_pages * group_size)
     dim = jnp.arange(query.shape[1])
-    tiles = -(-pages // config.window_tile_pages)
+    inside = (dim < head_dim)[None, :]
+    tiles = -(-places // config.window_tile_pages)
 
     def step(i, carry):
-        page = (split + i * config.window_splits) * config.window_tile_pages + row // group_size
-        held = plgpu.load(valid_ref.at[page], mask=page < pages, other=0)
+        place = (split + i * config.window_splits) * config.window_tile_pages + row // group_size
+        held = plgpu.load(valid_ref.at[place], mask=place < places, other=0)
         live = row % group_size < held
-        mask = live[:, None] & (dim < head_dim)[None, :]
-        keys, values = (
+        page = plgpu.load(pages_ref.at[place], mask=live, other=0) if listed else place
+        mask = live[:, None] & inside
+        tile = [
             plgpu.load(window_ref.at[k, page[:, None], part, (row % group_size)[:, None], dim[None, :]], mask=mask, other=0)
             for part in (0, 1)
-        )
-        return _add(carry, query, keys, values, live[None, :])
+        ]
+        if fresh:  # the token's own row is used and written here, so that no launch of its own is needed
+            new = (place == place_ref[0]) & (row % group_size == place_ref[1])
+            there = (jnp.where(new, page, held_pages)[:, None], (row % group_size)[:, None], dim[None, :])
+            for part, ref in enumerate((key_ref, value_ref)):
+                token = plgpu.load(ref.at[k, dim], mask=dim < head_dim, other=0).astype(window_ref.dtype)
+                tile[part] = jnp.where(new[:, None], token[None, :], tile[part])
+                plgpu.store(window_out_ref.at[k, there[0], part, *there[1:]], tile[part], mask=new[:, None] & inside)
+        return _add(carry, query, *tile, live[None, :])
 
     turns = (tiles - split + config.window_splits - 1) // config.window_splits
     _write_partial(acc_ref, stats_ref, k, split, lax.fori_loop(0, turns, step, _empty(*query.shape)))
 
-    if rotation_ref is not None:
-        columns = max(16, query.shape[1] // config.window_splits)
 
-        @pl.when(split * columns < head_dim)
-        def _():
-            heads = query_ref.shape[1]
-            head, column = jnp.arange(query.shape[0]), split * columns + jnp.arange(columns)
-            raw = plgpu.load(
-                query_ref.at[k, head[:, None], dim[None, :]], mask=(head < heads)[:, None] & (dim < head_dim)[None, :], other=0
-            )
-            inside = (dim < head_dim)[:, None] & (column < head_dim)[None, :]
-            turn = plgpu.load(rotation_ref.at[dim[:, None], column[None, :]], mask=inside, other=0)
-            rotated = plgpu.dot(raw.astype(jnp.float32), turn.astype(jnp.float32), precision=lax.Precision.HIGHEST)
-            here = (head < heads)[:, None] & (column < head_dim)[None, :]
-            direct = plgpu.load(query_ref.at[k, head[:, None], column[None, :]], mask=here, other=0).astype(jnp.float32)
-            padded = direct_ref.shape[2] // 2
-            where = (head < padded)[:, None] & (column < head_dim)[None, :]
-            for ref, x in ((direct_ref, direct), (rotated_ref, rotated)):
-                high = x.astype(ref.dtype)
-                low = (x - high.astype(jnp.float32)).astype(ref.dtype)
-                plgpu.store(ref.at[k, column[None, :], head[:, None]], high, mask=where)
-                plgpu.store(ref.at[k, column[None, :], padded + head[:, None]], low, mask=where)
-
-
-def window_attention(query, window, valid, rotation, *, scale: float, config: Config, interpret: bool):
-    """Partial attention over window pages; with `rotation` also the query columns that sketch routing reads."""
+def window_attention(query, window, valid, pages, fresh, *, scale: float, config: Config, interpret: bool):
+    """Partial attention over window pages; with `fresh` (key, value, place) also the window array with the token in it."""
     kv_heads, heads, head_dim = query.shape
     check_offsets(window=window)
     if not power_of_two(window.shape[3]):
         raise NotImplementedError(f"group_size={window.shape[3]} must be a power of two in the kernel: use implementation='xla'")
     shapes = [(kv_heads, config.window_splits, heads, head_dim), (kv_heads, config.window_splits, 2, heads)]
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    arrays = (query, window, valid)
-    if rotation is not None:
-        columns = (kv_heads, head_dim, 2 * max(8, pl.next_power_of_2(heads)))
-        shapes += [jax.ShapeDtypeStruct(columns, dtype) for dtype in (jnp.bfloat16, jnp.float16)]
-        arrays = (*arrays, rotation)
+    arrays = [query, window, valid]
+    if pages is not None:
+        arrays.append(pages)
+    if fresh is not None:
+        arrays += fresh
+    aliases = {}
+    if fresh is not None:
+        aliases = {1: len(shapes)}
+        shapes.append(jax.ShapeDtypeStruct(window.shape, window.dtype))
     return pl.pallas_call(
-        partial(_window_kernel, scale=scale, config=config),
+        partial(_window_kernel, scale=scale, listed=pages is not None, fresh=fresh is not None, config=config),
         grid=(kv_heads, config.window_splits),
         in_specs=[pl.no_block_spec] * len(arrays),
         out_specs=[pl.no_block_spec] * len(shapes),
         out_shape=shapes,
+        input_output_aliases=aliases,
         compiler_params=plgpu.CompilerParams(num_warps=config.window_warps, num_stages=1),
         interpret=interpret,
         name="window_attention",
@@ -144,7 +142,7 @@ def window_attention(query, window, valid, rotation, *, scale: float, config: Co
 def _page_kernel(
     query_ref,  # [K, G, H] device
     ids_ref,  # [K, M] i32 device
-    counts_ref,  # [K, 2] i32 device
+    counts_ref,  # [K, 1 or more] i32 device: how many pages are listed
     store_ref,  # [K, P, 2, g, H] pinned host, or device when the whole history is there
     *refs,  # heads_ref [K, M] i32 device (bit n: head n sees the page), when masked; then with a bank, in and out:
     # source [K, M] i32, victims [K, M] i32, bank [K, slots, 2, g, H], page_slot [K, P] i32, slot_page [K, slots] i32, all device;
@@ -248,9 +246,13 @@ def page_attention(query, ids, counts, store, heads_mask, bank, plan, *, scale: 
 
 
 def _merge_kernel(
-    *refs,  # acc [K, splits, G, H] f32, stats [K, splits, 2, G] f32 for each part, device; out [K, G, H] device
+    *refs,  # acc [K, splits, G, H] f32, stats [K, splits, 2, G] f32 for each part; then, handed over, a source and a target [K, n] each;
+    # out [K, G, H], then the targets again, in place; all device
+    parts: int,
+    handed: int,
 ):
-    *parts, out_ref = refs
+    copies = list(zip(refs[2 * parts : 2 * (parts + handed) : 2], refs[2 * (parts + handed) + 1 :], strict=True))
+    out_ref, parts = refs[2 * (parts + handed)], refs[: 2 * parts]
     k, n = pl.program_id(0), pl.program_id(1)
     head_dim = out_ref.shape[2]
     dim = jnp.arange(pl.next_power_of_2(head_dim))
@@ -274,22 +276,35 @@ def _merge_kernel(
         out += (acc * weight[:, None]).sum(0)
     out = out / jnp.where(total > 0, total, 1)
     plgpu.store(out_ref.at[k, n, dim], out.astype(out_ref.dtype), mask=dim < head_dim)
+    for source_ref, target_ref in copies:
+        share = -(-source_ref.shape[1] // out_ref.shape[1])
+        column = n * share + jnp.arange(pl.next_power_of_2(share))
+        mine = (column < (n + 1) * share) & (column < source_ref.shape[1])
+        copied = plgpu.load(source_ref.at[k, column], mask=mine, other=0)
+        plgpu.store(target_ref.at[k, jnp.where(mine, column, source_ref.shape[1])], copied, mask=mine)
 
 
-def merge(parts, dtype, *, config: Config, interpret: bool) -> Float[Array, "K G H"]:
-    """Combine partial results (acc, stats) exactly; heads that saw nothing get zeros."""
+def merge(parts, dtype, handed, *, config: Config, interpret: bool) -> tuple[Array, ...]:
+    """Combine partial results (acc, stats) exactly; heads that saw nothing get zeros. handed: pairs of small arrays (source, target) to
+    copy in the same launch; the targets come back, in place when donated."""
     kv_heads, _, heads, head_dim = parts[0][0].shape
-    arrays = [x for part in parts for x in part]
-    return pl.pallas_call(
-        _merge_kernel,
+    arrays = [x for part in (*parts, *handed) for x in part]
+    targets = [target for _, target in handed]
+    out = pl.pallas_call(
+        partial(_merge_kernel, parts=len(parts), handed=len(handed)),
         grid=(kv_heads, heads),
         in_specs=[pl.no_block_spec] * len(arrays),
-        out_specs=pl.no_block_spec,
-        out_shape=jax.ShapeDtypeStruct((kv_heads, heads, head_dim), dtype),
+        out_specs=[pl.no_block_spec] * (1 + len(handed)),
+        out_shape=[
+            jax.ShapeDtypeStruct((kv_heads, heads, head_dim), dtype),
+            *(jax.ShapeDtypeStruct(target.shape, target.dtype) for target in targets),
+        ],
+        input_output_aliases={2 * (len(parts) + i) + 1: 1 + i for i in range(len(handed))},
         compiler_params=plgpu.CompilerParams(num_warps=config.merge_warps, num_stages=1),
         interpret=interpret,
         name="merge_attention",
     )(*arrays)
+    return tuple(out)
 
 
 def _plan_kernel(
@@ -366,33 +381,36 @@ def plan_bank(ids, counts, page_slot, slot_page, recency, needed, *, config: Con
     )(ids, counts, page_slot, slot_page, recency, needed)
 
 
-def _append_kernel(
-    page_ref,  # [1] i32 device
-    fresh_ref,  # [K, n, 2, g, H] device
-    _,  # the store again
-    store_ref,  # [K, P, 2, g, H] pinned host or device, in place
+def _copy_kernel(
+    where_ref,  # [3] i32 device: first page of the source, first page of the target, pages to copy
+    source_ref,  # [K, n, 2, g, H] pinned host or device
+    _,  # the target again
+    target_ref,  # [K, P, 2, g, H] pinned host or device, in place
 ):
-    k, i, part = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    group_size, head_dim = store_ref.shape[3:]
-    row, dim = jnp.arange(pl.next_power_of_2(group_size))[:, None], jnp.arange(pl.next_power_of_2(head_dim))[None, :]
-    mask = (row < group_size) & (dim < head_dim)
-    x = plgpu.load(fresh_ref.at[k, i, part, row, dim], mask=mask, other=0)
-    plgpu.store(store_ref.at[k, page_ref[0] + i, part, row, dim], x.astype(store_ref.dtype), mask=mask)
+    i, k, part = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    group_size, head_dim = target_ref.shape[3:]
+
+    @pl.when(i < where_ref[2])
+    def _():
+        row, dim = jnp.arange(pl.next_power_of_2(group_size))[:, None], jnp.arange(pl.next_power_of_2(head_dim))[None, :]
+        mask = (row < group_size) & (dim < head_dim)
+        x = plgpu.load(source_ref.at[k, where_ref[0] + i, part, row, dim], mask=mask, other=0)
+        plgpu.store(target_ref.at[k, where_ref[1] + i, part, row, dim], x.astype(target_ref.dtype), mask=mask)
 
 
-def append_page(
-    store: Float[Array, "K P 2 g H"], fresh: Float[Array, "K n 2 g H"], page: Int[Array, " 1"], *, interpret: bool
+def copy_pages(
+    target: Float[Array, "K P 2 g H"], source: Float[Array, "K n 2 g H"], where: Int[Array, " 3"], most: int, *, interpret: bool
 ) -> Float[Array, "K P 2 g H"]:
-    """Write n neighbouring pages of every kv head, first `page`, into the store, in place when it is donated."""
-    check_offsets(store=store)
+    """Copy where[2] <= most neighbouring pages of every kv head into the target, in place when it is donated."""
+    check_offsets(target=target, source=source)
     return pl.pallas_call(
-        _append_kernel,
-        grid=(fresh.shape[0], fresh.shape[1], 2),
+        _copy_kernel,
+        grid=(most, source.shape[0], 2),
         in_specs=[pl.no_block_spec] * 3,
         out_specs=pl.no_block_spec,
-        out_shape=jax.ShapeDtypeStruct(store.shape, store.dtype),
+        out_shape=jax.ShapeDtypeStruct(target.shape, target.dtype),
         input_output_aliases={2: 0},
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
-        name="append_page",
-    )(page, fresh, store)
+        name="copy_pages",
+    )(where, source, target)

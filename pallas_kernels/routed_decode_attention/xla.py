@@ -23,11 +23,30 @@ def _tokens(pages):
     return (pages[:, :, part].reshape(kv_heads, n * group_size, head_dim) for part in (0, 1))
 
 
-def window_attention(query, window, valid, *, scale):
+def window_attention(query, window, valid, pages, fresh, *, scale):
+    if fresh is not None:
+        key, value, place = fresh
+        page = place[0] if pages is None else pages[place[0]]
+        token = jnp.stack([key, value], axis=1)[:, None, :, None].astype(window.dtype)  # [K, 1, 2, 1, H]
+        window = jax.lax.dynamic_update_slice(window, token, (0, page, 0, place[1], 0))
     group_size = window.shape[3]
     live = (jnp.arange(group_size) < valid[:, None]).reshape(-1)
-    keys, values = _tokens(jnp.where(live.reshape(1, -1, 1, group_size, 1), window, 0))  # rows never written may hold anything
-    return _partial(query, keys, values, jnp.broadcast_to(live, (*query.shape[:2], live.shape[0])), scale)
+    there = window if pages is None else window[:, jnp.clip(pages, 0, window.shape[1] - 1)]
+    keys, values = _tokens(jnp.where(live.reshape(1, -1, 1, group_size, 1), there, 0))  # rows never written may hold anything
+    return *_partial(query, keys, values, jnp.broadcast_to(live, (*query.shape[:2], live.shape[0])), scale), window
+
+
+def copy_pages(target, source, where, most):
+    most = min(most, source.shape[1], target.shape[1])
+    row = jnp.arange(most)
+    first = jnp.clip(where[0], 0, source.shape[1] - most), jnp.clip(where[1], 0, target.shape[1] - most)
+    old = jax.lax.dynamic_slice_in_dim(target, first[1], most, axis=1)
+    new = jax.lax.dynamic_slice_in_dim(source, first[0], most, axis=1).astype(target.dtype)
+    # A stretch that would pass an end was moved inside: row r of `old` is page r - shift of the copy, which lies in another row of `new`.
+    copied = row - (where[1] - first[1])
+    new = new[:, jnp.clip(copied + where[0] - first[0], 0, most - 1)]
+    fresh = ((copied >= 0) & (copied < where[2]))[:, None, None, None]
+    return jax.lax.dynamic_update_slice_in_dim(target, jnp.where(fresh, new, old), first[1], axis=1)
 
 
 def plan_bank(ids, counts, page_slot, slot_page, recency, needed):

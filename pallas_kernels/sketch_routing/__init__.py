@@ -1,8 +1,11 @@
 """Decode routing of the sketch policy: 2-bit sketches of every token -> pages whose estimated attention mass passes a threshold."""
 
 from pallas_kernels.sketch_routing.api import (
+    PageList,
+    Pages,
     QueryColumns,
     append_sketch,
+    carried_pages,
     pack_codes,
     query_columns,
     sketch_chunks,
@@ -11,4 +14,16 @@ from pallas_kernels.sketch_routing.api import (
 )
 from pallas_kernels.sketch_routing.config import Config
 
-__all__ = ["Config", "QueryColumns", "append_sketch", "pack_codes", "query_columns", "sketch_chunks", "sketch_routing", "unpack_codes"]
+__all__ = [
+    "Config",
+    "PageList",
+    "Pages",
+    "QueryColumns",
+    "append_sketch",
+    "carried_pages",
+    "pack_codes",
+    "query_columns",
+    "sketch_chunks",
+    "sketch_routing",
+    "unpack_codes",
+]

@@ -15,15 +15,25 @@ LEVELS = (-1.5104, -0.4528, 0.4528, 1.5104)  # Lloyd-Max quantiser of a unit Gau
 THRESHOLDS = (-0.9816, 0.0, 0.9816)
 
 
+class PageList(NamedTuple):
+    """ids: pages of each kv head, ascending, the first count[:, 0] valid."""
+
+    ids: Int[Array, "K M"]
+    count: Int[Array, "K 1"]
+
+
 class Pages(NamedTuple):
     """stamps [K, P]: the last chunk in which a page was requested.
 
-    ids [K, M]: visible pages, ascending, the first counts[:, 0] valid.
-    counts [K, 2]: pages listed, requests refused for lack of room."""
+    fresh: pages that this token opened, in addition to those that `carried_pages` gave. carried: those open for the next token.
+    counts [K, 2]: pages visible to this token, requests refused for lack of room.
+    unopened [K, G]: share of each head's attention mass that lies in pages not visible, by the same estimate."""
 
     stamps: Int[Array, "K P"]
-    ids: Int[Array, "K M"]
+    fresh: PageList
+    carried: PageList
     counts: Int[Array, "K 2"]
+    unopened: Float[Array, "K G"]
 
 
 class QueryColumns(NamedTuple):
@@ -37,8 +47,16 @@ class QueryColumns(NamedTuple):
     rotated: Float[Array, "K H columns"]
 
 
-def query_columns(query: Float[Array, "K G H"], rotation: Float[Array, "H H"]) -> QueryColumns:
-    """What the scan reads, in plain XLA; `routed_decode_attention.window_attention` makes the same inside its launch."""
+def query_columns(
+    query: Float[Array, "K G H"],
+    rotation: Float[Array, "H H"],
+    *,
+    implementation: Literal["pallas", "xla"] = "xla",
+    interpret: bool = False,
+) -> QueryColumns:
+    """What the scan reads."""
+    if implementation == "pallas":
+        return QueryColumns(*kernel.query_columns(query, rotation, interpret=interpret))
     query = query.astype(jnp.float32)
     rotated = jnp.einsum("kgh,hd->kgd", query, rotation.astype(jnp.float32), precision=lax.Precision.HIGHEST)
     padding = max(8, 1 << (query.shape[1] - 1).bit_length()) - query.shape[1]
@@ -49,6 +67,22 @@ def query_columns(query: Float[Array, "K G H"], rotation: Float[Array, "H H"]) -
         return jnp.concatenate([high, (x - high.astype(jnp.float32)).astype(dtype)], axis=-1)
 
     return QueryColumns(columns(query, jnp.bfloat16), columns(rotated, jnp.float16))
+
+
+def carried_pages(
+    stamps: Int[Array, "K P"],
+    own_chunk: Int[Array, ""],
+    *,
+    capacity: int,
+    implementation: Literal["pallas", "xla"],
+    config: Config | None = None,
+    interpret: bool = False,
+) -> PageList:
+    """The pages that earlier requests leave open for a token of `own_chunk`: known before its queries are."""
+    if implementation == "xla":
+        return PageList(*xla.page_list(stamps >= own_chunk - 1, capacity))
+    own_chunk = own_chunk[None].astype(jnp.int32)
+    return PageList(*kernel.carried_pages(stamps, own_chunk, capacity=capacity, config=config or Config(), interpret=interpret))
 
 
 def pack_codes(codes: Int[Array, "*n H"]) -> UInt8[Array, "*n B"]:
@@ -106,6 +140,7 @@ def sketch_routing(
     stamps: Int[Array, "K P"],
     window: Float[Array, "K splits 2 G"],
     own_chunk: Int[Array, ""],
+    next_chunk: Int[Array, ""],
     *,
     sink_chunks: int,
     local_chunks: int,
@@ -119,7 +154,8 @@ def sketch_routing(
 ) -> Pages:
     """Route one token's queries: request every group of the routed middle with estimated mass >= threshold for any head of its kv head.
 
-    query: from `query_columns` or `window_attention`. means are of the unrotated keys; codes and scales describe their rotated residuals.
+    query: from `query_columns`. next_chunk: that of the next token, for the list handed on to it. means are of the unrotated keys; codes
+    and scales describe their rotated residuals.
     window[:, :, 0] and [:, :, 1]: largest exact score and sum of exp(score - largest) of each split of the windows, from
     `routed_decode_attention.window_attention`. stamps: updated in place when donated. Source: README, the sketch policy.
     """
@@ -127,16 +163,22 @@ def sketch_routing(
         raise ValueError(f"{codes.shape[1]} tokens of codes do not make {means.shape[1]} chunks of whole groups of {group_size}")
     heads = window.shape[3]
     pages_per_chunk = codes.shape[1] // means.shape[1] // group_size
-    middle = jnp.stack([jnp.int32(sink_chunks), jnp.maximum(own_chunk - local_chunks, sink_chunks), own_chunk]).astype(jnp.int32)
+    middle = jnp.stack([jnp.int32(sink_chunks), jnp.maximum(own_chunk - local_chunks, sink_chunks), own_chunk, next_chunk]).astype(
+        jnp.int32
+    )
     config = config or Config()
     rules = {"pages_per_chunk": pages_per_chunk, "threshold": threshold, "capacity": capacity}
     if implementation == "xla":
         direct, rotated = (sum(jnp.split(x.astype(jnp.float32), 2, axis=-1))[..., :heads].swapaxes(1, 2) for x in query)
         scores = xla.scan(direct, rotated, means, codes, scales, middle, group_size=group_size, scale=scale)
-        return Pages(*xla.select(scores, window, stamps, middle, **rules))
+        return _pages(*xla.select(scores, window, stamps, middle, **rules))
     if implementation != "pallas":
         raise ValueError(f"{implementation=}: choose pallas or xla")
     scores, partials = kernel.scan(
         *query, means, codes, scales, middle, heads=heads, group_size=group_size, scale=scale, config=config, interpret=interpret
     )
-    return Pages(*kernel.select(scores, partials, window, stamps, middle, config=config, interpret=interpret, **rules))
+    return _pages(*kernel.select(scores, partials, window, stamps, middle, config=config, interpret=interpret, **rules))
+
+
+def _pages(stamps: Array, fresh: Array, fresh_count: Array, carried: Array, carried_count: Array, counts: Array, unopened: Array) -> Pages:
+    return Pages(stamps, PageList(fresh, fresh_count), PageList(carried, carried_count), counts, unopened)

@@ -10,7 +10,8 @@ from pallas_kernels.limits import power_of_two
 
 @dataclass(frozen=True)
 class Config:
-    """block_chunks: chunks of sketches one program scans. scan_warps: its warps.
+    """block_chunks: chunks of sketches a scanning program works on at a time. scan_programs: such programs a kv head, scan_warps: their
+    warps. scan_ahead: whether a program reads its next block while it works on one.
     unpack: how codes become float16 levels, "asm" (PTX, any GPU since SM80) or "arithmetic" (also interpret mode).
     select_pages, select_warps: pages that the selecting program of a kv head looks at in one step, and its warps.
 
@@ -19,13 +20,15 @@ class Config:
     """
 
     block_chunks: int = 4
+    scan_programs: int = 128
     scan_warps: int = 4
+    scan_ahead: bool = False
     unpack: Literal["asm", "arithmetic"] = "asm"
     select_pages: int = 4096
     select_warps: int = 16
 
     def __post_init__(self):
-        for name in ("block_chunks", "scan_warps", "select_pages", "select_warps"):
+        for name in ("block_chunks", "scan_programs", "scan_warps", "select_pages", "select_warps"):
             if not power_of_two(getattr(self, name)):
                 raise ValueError(f"{name}={getattr(self, name)} must be a power of two")
         if self.select_pages > 32768:

@@ -80,9 +80,9 @@ def _scan_kernel(
     means_ref,  # [K, C, H] device
     codes_ref,  # [K, S, H/4] u8 device
     scales_ref,  # [K, S] device
-    middle_ref,  # [3] i32 device: first chunk of the routed middle, chunk after its last, own chunk
+    middle_ref,  # [4] i32 device: first chunk of the routed middle, chunk after its last, own chunk, the next token's chunk
     scores_ref,  # [K, P, Gp] f32 device, out
-    partial_ref,  # [K, blocks, 2, Gp] f32 device, out: largest score of the block and sum of exp(score - largest)
+    partial_ref,  # [K, programs, 2, Gp] f32 device, out: largest score a program saw and sum of exp(score - largest)
     *,
     heads: int,
     chunk_size: int,
@@ -90,67 +90,73 @@ def _scan_kernel(
     scale: float,
     config: Config,
 ):
-    k, block = pl.program_id(0), pl.program_id(1)
+    k, program = pl.program_id(0), pl.program_id(1)
     head_dim, code_bytes, chunks = means_ref.shape[2], codes_ref.shape[2], means_ref.shape[1]
     width, bytes_padded, padded = pl.next_power_of_2(head_dim), max(16, pl.next_power_of_2(code_bytes)), scores_ref.shape[2]
     columns = 2 * padded
     block_chunks, pages = config.block_chunks, chunk_size // group_size
     tokens, groups = block_chunks * chunk_size, block_chunks * pages
-    first_chunk = block * block_chunks
+    mean_rows = max(16, block_chunks)
+    byte, dim, column, head = jnp.arange(bytes_padded), jnp.arange(width), jnp.arange(columns), jnp.arange(padded)
+    real_byte, real_dim = byte < code_bytes, dim < head_dim
+    unpack = _unpack_asm if config.unpack == "asm" else _unpack_arithmetic
+    first, end = middle_ref[0], middle_ref[1]
+    begin, blocks = first // block_chunks, (end + block_chunks - 1) // block_chunks
 
     def join(product, rows):
         return product.reshape(rows, 2, padded).sum(1)
 
-    @pl.when((first_chunk < middle_ref[1]) & (first_chunk + block_chunks > middle_ref[0]))
-    def _():
-        token = first_chunk * chunk_size + jnp.arange(tokens)
-        held = token < chunks * chunk_size
-        byte = jnp.arange(bytes_padded)
-        real = byte < code_bytes
+    rotated = [
+        plgpu.load(rotated_ref.at[k, (quarter * code_bytes + byte)[:, None], column[None, :]], mask=real_byte[:, None], other=0)
+        for quarter in range(4)
+    ]
+    direct = plgpu.load(direct_ref.at[k, dim[:, None], column[None, :]], mask=real_dim[:, None], other=0)
+
+    def fetch(block):
+        token = block * tokens + jnp.arange(tokens)
+        held = (token < chunks * chunk_size) & (block < blocks)
         codes = plgpu.load(
-            codes_ref.at[k, token[:, None], byte[None, :]], mask=held[:, None] & real[None, :], other=0, eviction_policy="evict_first"
+            codes_ref.at[k, token[:, None], byte[None, :]], mask=held[:, None] & real_byte[None, :], other=0, eviction_policy="evict_first"
         )
-        token_scale = plgpu.load(scales_ref.at[k, token], mask=held, other=0).astype(jnp.float32)
-        unpack = _unpack_asm if config.unpack == "asm" else _unpack_arithmetic
+        token_scale = plgpu.load(scales_ref.at[k, token], mask=held, other=0)
+        row = jnp.arange(mean_rows)
+        chunk = block * block_chunks + row
+        real = ((row < block_chunks) & (chunk < chunks) & (block < blocks))[:, None] & real_dim[None, :]
+        return codes, token_scale, plgpu.load(means_ref.at[k, chunk[:, None], dim[None, :]], mask=real, other=0)
+
+    def one(i, carry):
+        peak, total, *loaded = carry
+        block = begin + program + i * config.scan_programs
+        codes, token_scale, mean = loaded or fetch(block)
+        after = fetch(block + config.scan_programs) if loaded else ()  # on its way while this block is worked on
         residual = jnp.zeros((tokens, columns), jnp.float32)
         for quarter in range(4):
-            row = (quarter * code_bytes + byte)[:, None]
-            part = plgpu.load(rotated_ref.at[k, row, jnp.arange(columns)[None, :]], mask=real[:, None], other=0)
-            residual += plgpu.dot(unpack(codes, quarter), part)
-        residual = join(residual, tokens) * (token_scale * LEVEL_UNIT)[:, None]
+            residual += plgpu.dot(unpack(codes, quarter), rotated[quarter])
+        residual = join(residual, tokens) * (token_scale.astype(jnp.float32) * LEVEL_UNIT)[:, None]
         best = residual.reshape(groups, group_size, padded).max(1)  # the chunk's mean is common to its tokens: it can wait
-
-        mean_rows = max(16, block_chunks)
-        row, dim = jnp.arange(mean_rows), jnp.arange(width)
-        chunk = first_chunk + row
-        real_mean = ((row < block_chunks) & (chunk < chunks))[:, None] & (dim < head_dim)[None, :]
-        mean = plgpu.load(means_ref.at[k, chunk[:, None], dim[None, :]], mask=real_mean, other=0)
-
-        queries = plgpu.load(direct_ref.at[k, dim[:, None], jnp.arange(columns)[None, :]], mask=(dim < head_dim)[:, None], other=0)
         high = mean.astype(jnp.bfloat16)
-        base = plgpu.dot(high, queries)
+        base = plgpu.dot(high, direct)
         if mean.dtype != jnp.bfloat16:
-            base += plgpu.dot((mean.astype(jnp.float32) - high.astype(jnp.float32)).astype(jnp.bfloat16), queries)
+            base += plgpu.dot((mean.astype(jnp.float32) - high.astype(jnp.float32)).astype(jnp.bfloat16), direct)
         base = join(base, mean_rows).reshape(mean_rows // block_chunks, block_chunks, padded).sum(0)
-
         score = (best.reshape(block_chunks, pages, padded) + base[:, None, :]).reshape(groups, padded) * scale
         group = jnp.arange(groups)
-        chunk = first_chunk + group // pages
-        head = jnp.arange(padded)
-        live = ((chunk >= middle_ref[0]) & (chunk < middle_ref[1]))[:, None] & (head < heads)[None, :]
+        chunk = block * block_chunks + group // pages
+        live = ((chunk >= first) & (chunk < end))[:, None] & (head < heads)[None, :]
         score = jnp.where(live, score, -jnp.inf)
-        page = (first_chunk * pages + group)[:, None]
+        page = (block * groups + group)[:, None]
         plgpu.store(scores_ref.at[k, page, head[None, :]], score, mask=(page < chunks * pages) & (head < padded)[None, :])
-        peak = score.max(0)
-        total = jnp.exp(score - jnp.where(peak > -jnp.inf, peak, 0)[None, :]).sum(0)
-        partial_ref[k, block, 0, head] = peak
-        partial_ref[k, block, 1, head] = total
+        new_peak = jnp.maximum(peak, score.max(0))
+        safe = jnp.where(new_peak > -jnp.inf, new_peak, 0)
+        total = total * jnp.exp(peak - safe) + jnp.exp(score - safe[None, :]).sum(0)
+        return new_peak, total, *after
 
-    @pl.when((first_chunk >= middle_ref[1]) | (first_chunk + block_chunks <= middle_ref[0]))
-    def _():
-        head = jnp.arange(padded)
-        partial_ref[k, block, 0, head] = jnp.full((padded,), -jnp.inf, jnp.float32)
-        partial_ref[k, block, 1, head] = jnp.zeros((padded,), jnp.float32)
+    nothing = jnp.full((padded,), -jnp.inf, jnp.float32), jnp.zeros((padded,), jnp.float32)
+    turns = jnp.maximum(blocks - begin - program + config.scan_programs - 1, 0) // config.scan_programs
+    ahead = fetch(begin + program) if config.scan_ahead else ()
+    peak, total, *_ = lax.fori_loop(0, turns, one, (*nothing, *ahead))
+    partial_ref[k, program, 0, head] = peak
+    partial_ref[k, program, 1, head] = total
 
 
 def scan(
@@ -159,14 +165,14 @@ def scan(
     means: Float[Array, "K C H"],
     codes: UInt8[Array, "K S B"],
     scales: Float[Array, "K S"],
-    middle: Int[Array, " 3"],
+    middle: Int[Array, " 4"],
     *,
     heads: int,
     group_size: int,
     scale: float,
     config: Config,
     interpret: bool,
-) -> tuple[Float[Array, "K P Gp"], Float[Array, "K blocks 2 Gp"]]:
+) -> tuple[Float[Array, "K P Gp"], Float[Array, "K programs 2 Gp"]]:
     """Scores of the groups of the routed middle (chunks middle[0] .. middle[1]-1; -inf elsewhere in a scanned block, unwritten beyond)."""
     kv_heads, padded = direct.shape[0], direct.shape[2] // 2
     chunks, tokens = means.shape[1], codes.shape[1]
@@ -174,16 +180,15 @@ def scan(
     check_offsets(codes=codes, means=means)
     if not (power_of_two(chunk_size) and power_of_two(group_size)):
         raise NotImplementedError(f"{chunk_size=} and {group_size=} must be powers of two in the kernel: use implementation='xla'")
-    blocks = -(-chunks // config.block_chunks)
     kernel = partial(_scan_kernel, heads=heads, chunk_size=chunk_size, group_size=group_size, scale=scale, config=config)
     return pl.pallas_call(
         kernel,
-        grid=(kv_heads, blocks),
+        grid=(kv_heads, config.scan_programs),
         in_specs=[pl.no_block_spec] * 6,
         out_specs=[pl.no_block_spec] * 2,
         out_shape=[
             jax.ShapeDtypeStruct((kv_heads, tokens // group_size, padded), jnp.float32),
-            jax.ShapeDtypeStruct((kv_heads, blocks, 2, padded), jnp.float32),
+            jax.ShapeDtypeStruct((kv_heads, config.scan_programs, 2, padded), jnp.float32),
         ],
         compiler_params=plgpu.CompilerParams(num_warps=config.scan_warps, num_stages=1),
         interpret=interpret,
@@ -191,15 +196,62 @@ def scan(
     )(direct, rotated, means, codes, scales, middle)
 
 
+def _columns_kernel(
+    query_ref,  # [K, G, H] device
+    rotation_ref,  # [H, H] f32 device
+    direct_ref,  # [K, H, 2*Gp] bf16 device, out
+    rotated_ref,  # [K, H, 2*Gp] f16 device, out
+    *,
+    columns: int,
+):
+    k, split = pl.program_id(0), pl.program_id(1)
+    heads, head_dim, padded = query_ref.shape[1], query_ref.shape[2], direct_ref.shape[2] // 2
+    head, dim = jnp.arange(max(16, padded)), jnp.arange(pl.next_power_of_2(head_dim))
+    column = split * columns + jnp.arange(columns)
+    real, here = (dim < head_dim), (column < head_dim)
+    query = plgpu.load(query_ref.at[k, head[:, None], dim[None, :]], mask=(head < heads)[:, None] & real[None, :], other=0)
+    turn = plgpu.load(rotation_ref.at[dim[:, None], column[None, :]], mask=real[:, None] & here[None, :], other=0)
+    rotated = plgpu.dot(query.astype(jnp.float32), turn.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+    mask = (head < heads)[:, None] & here[None, :]
+    direct = plgpu.load(query_ref.at[k, head[:, None], column[None, :]], mask=mask, other=0).astype(jnp.float32)
+    where = (head < padded)[:, None] & here[None, :]
+    for ref, x in ((direct_ref, direct), (rotated_ref, rotated)):
+        high = x.astype(ref.dtype)
+        low = (x - high.astype(jnp.float32)).astype(ref.dtype)
+        plgpu.store(ref.at[k, column[None, :], head[:, None]], high, mask=where)
+        plgpu.store(ref.at[k, column[None, :], padded + head[:, None]], low, mask=where)
+
+
+def query_columns(query: Float[Array, "K G H"], rotation: Float[Array, "H H"], *, interpret: bool) -> tuple[Array, Array]:
+    """(direct, rotated); see api.QueryColumns."""
+    kv_heads, heads, head_dim = query.shape
+    shape = (kv_heads, head_dim, 2 * max(8, pl.next_power_of_2(heads)))
+    columns = 16  # the narrowest a matrix product takes: many small programs, since the launch is all latency
+    return pl.pallas_call(
+        partial(_columns_kernel, columns=columns),
+        grid=(kv_heads, -(-head_dim // columns)),
+        in_specs=[pl.no_block_spec] * 2,
+        out_specs=[pl.no_block_spec] * 2,
+        out_shape=[jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.bfloat16, jnp.float16)],
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+        interpret=interpret,
+        name="query_columns",
+    )(query, rotation)
+
+
 def _select_kernel(
     scores_ref,  # [K, P, Gp] f32 device
-    partial_ref,  # [K, blocks, 2, Gp] f32 device
+    partial_ref,  # [K, programs, 2, Gp] f32 device
     window_ref,  # [K, splits, 2, G] f32 device: the same of the exact window scores
     stamps_ref,  # [K, P] i32 device
-    chunks_ref,  # [3] i32 device: first and end of the routed middle, own chunk
+    chunks_ref,  # [4] i32 device: first and end of the routed middle, own chunk, the next token's chunk
     stamps_out_ref,  # [K, P] i32 device, the same buffer as stamps_ref
-    ids_ref,  # [K, M] i32 device, out
-    counts_ref,  # [K, 2] i32 device, out: pages listed, requests refused
+    fresh_ref,  # [K, M] i32 device, out: pages opened by this token
+    fresh_count_ref,  # [K, 1] i32 device, out
+    carried_ref,  # [K, M] i32 device, out: pages that stay open for the next token
+    carried_count_ref,  # [K, 1] i32 device, out
+    counts_ref,  # [K, 2] i32 device, out: pages visible, requests refused
+    unopened_ref,  # [K, G] f32 device, out: estimated share of the mass that lies in pages not visible
     *,
     pages_per_chunk: int,
     threshold: float,
@@ -208,19 +260,11 @@ def _select_kernel(
 ):
     k = pl.program_id(0)
     pages, padded = scores_ref.shape[1], scores_ref.shape[2]
-    capacity = ids_ref.shape[1]
+    capacity = fresh_ref.shape[1]
     step = min(config.select_pages, pl.next_power_of_2(pages))
     head = jnp.arange(padded)
-    one_step = pages <= step  # then everything is loaded at once, before anything is waited for
-    first, end, own = chunks_ref[0] * pages_per_chunk, jnp.minimum(chunks_ref[1] * pages_per_chunk, pages), chunks_ref[2]
-
-    def load_step(i):
-        page = i * step + jnp.arange(step)
-        stamps = plgpu.load(stamps_ref.at[k, page], mask=page < end, other=-2)
-        middle = (page < end) & (page >= first)
-        return page, stamps, middle, plgpu.load(scores_ref.at[k, page[:, None], head[None, :]], mask=middle[:, None], other=-jnp.inf)
-
-    everything = load_step(0) if one_step else None
+    first, end = chunks_ref[0] * pages_per_chunk, jnp.minimum(chunks_ref[1] * pages_per_chunk, pages)
+    own, after = chunks_ref[2], chunks_ref[3]
 
     def combine(ref, count, width):
         row = jnp.arange(pl.next_power_of_2(count))
@@ -236,71 +280,126 @@ def _select_kernel(
     peak = jnp.maximum(peak_a, peak_b)
     safe = jnp.where(peak > -jnp.inf, peak, 0)
     total = total_a * jnp.exp(peak_a - safe) + total_b * jnp.exp(peak_b - safe)
-    bound = jnp.where(head < heads, safe + jnp.log(jnp.where(total > 0, total, 1)) + math.log(threshold), jnp.inf)
-    steps = (jnp.maximum(end, 1) + step - 1) // step
+    unit = safe + jnp.log(jnp.where(total > 0, total, 1))  # exp(score - unit) is a page's share of the mass
+    bound = jnp.where(head < heads, unit + math.log(threshold), jnp.inf)
+
+    def load_stamps(i):
+        page = i * step + jnp.arange(step)
+        return page, plgpu.load(stamps_ref.at[k, page], mask=page < end, other=-2)
 
     def count_seen(i, seen):
-        page = i * step + jnp.arange(step)
-        stamps = plgpu.load(stamps_ref.at[k, page], mask=page < end, other=-2)
-        return seen + jnp.sum((stamps >= own - 1).astype(jnp.int32))
+        return seen + jnp.sum((load_stamps(i)[1] >= own - 1).astype(jnp.int32))
 
-    def decide(loaded, listed, fresh_before, room):
-        page, stamps, middle, scores = loaded
+    def decide(i, carry):
+        kept_before, fresh_before, seen_before, unopened = carry
+        page, stamps = load_stamps(i)
+        middle = (page < end) & (page >= first)
+        scores = plgpu.load(scores_ref.at[k, page[:, None], head[None, :]], mask=middle[:, None], other=-jnp.inf)
         wanted = jnp.max((scores >= bound[None, :]).astype(jnp.int32), axis=1) * middle.astype(jnp.int32)
         seen = (stamps >= own - 1).astype(jnp.int32)
-        if room is None:
-            room = jnp.maximum(capacity - jnp.sum(seen), 0)
         fresh = wanted * (1 - seen)
-        running = jnp.cumsum(seen + (fresh << 16), axis=0)
+        stays = seen * ((wanted > 0) | (stamps >= after - 1)).astype(jnp.int32)
+        running = jnp.cumsum(stays + (fresh << 16), axis=0)
         fresh_rank = running >> 16
         room_here = jnp.maximum(room - fresh_before, 0)
         taken = fresh * (fresh_rank <= room_here).astype(jnp.int32)
         visible = seen + taken
-        rank = listed + (running & 0xFFFF) + jnp.minimum(fresh_rank, room_here) - 1
         plgpu.store(stamps_out_ref.at[k, page], jnp.broadcast_to(own, (step,)), mask=(wanted * visible) > 0)
-        put = (visible > 0) & (rank < capacity)
-        plgpu.store(ids_ref.at[k, jnp.where(put, rank, capacity)], page, mask=put)
-        counts = jnp.sum(visible + (fresh << 16))
-        return listed + (counts & 0xFFFF), fresh_before + (counts >> 16), room
+        rank = fresh_before + fresh_rank - 1
+        put = (taken > 0) & (rank < capacity)
+        plgpu.store(fresh_ref.at[k, jnp.where(put, rank, capacity)], page, mask=put)
+        rank = kept_before + (running & 0xFFFF) + jnp.minimum(fresh_rank, room_here) - 1
+        put = (stays + taken > 0) & (rank < capacity)
+        plgpu.store(carried_ref.at[k, jnp.where(put, rank, capacity)], page, mask=put)
+        unopened += jnp.sum(jnp.where((visible > 0)[:, None], 0.0, jnp.exp(scores - unit[None, :])), axis=0)
+        both = jnp.sum(stays + taken + (fresh << 16))
+        return kept_before + (both & 0xFFFF), fresh_before + (both >> 16), seen_before + jnp.sum(seen), unopened
 
-    if one_step:
-        listed, fresh, room = decide(everything, jnp.int32(0), jnp.int32(0), None)
+    steps = (jnp.maximum(end, 1) + step - 1) // step
+    nothing = jnp.int32(0), jnp.int32(0), jnp.int32(0), jnp.zeros((padded,), jnp.float32)
+    if pages <= step:
+        room = jnp.maximum(capacity - count_seen(0, jnp.int32(0)), 0)
+        kept, fresh, seen, unopened = decide(0, nothing)
     else:
         room = jnp.maximum(capacity - lax.fori_loop(0, steps, count_seen, jnp.int32(0)), 0)
-        listed, fresh, room = lax.fori_loop(0, steps, lambda i, c: decide(load_step(i), *c), (jnp.int32(0), jnp.int32(0), room))
-    counts_ref[k, 0] = jnp.minimum(listed, capacity)
-    counts_ref[k, 1] = jnp.maximum(fresh - room, 0)
+        kept, fresh, seen, unopened = lax.fori_loop(0, steps, decide, nothing)
+    taken = jnp.minimum(fresh, room)
+    fresh_count_ref[k, 0] = taken
+    carried_count_ref[k, 0] = jnp.minimum(kept, capacity)
+    counts_ref[k, 0] = jnp.minimum(seen + taken, capacity)
+    counts_ref[k, 1] = fresh - taken
+    plgpu.store(unopened_ref.at[k, head], unopened, mask=head < heads)
 
 
 def select(
     scores: Float[Array, "K P Gp"],
-    partials: Float[Array, "K blocks 2 Gp"],
+    partials: Float[Array, "K programs 2 Gp"],
     window: Float[Array, "K splits 2 G"],
     stamps: Int[Array, "K P"],
-    chunks: Int[Array, " 3"],
+    chunks: Int[Array, " 4"],
     *,
     pages_per_chunk: int,
     threshold: float,
     capacity: int,
     config: Config,
     interpret: bool,
-) -> tuple[Int[Array, "K P"], Int[Array, "K M"], Int[Array, "K 2"]]:
-    """Stamps with this token's requests (in place), the visible pages in ascending order, and [listed, refused] a kv head."""
+) -> tuple[Int[Array, "K P"], Int[Array, "K M"], Int[Array, "K 1"], Int[Array, "K M"], Int[Array, "K 1"], Int[Array, "K 2"], Array]:
+    """Stamps with this token's requests (in place), the lists and figures of api.Pages."""
     kv_heads, pages, _ = scores.shape
     check_offsets(scores=scores)
     kernel = partial(_select_kernel, pages_per_chunk=pages_per_chunk, threshold=threshold, heads=window.shape[3], config=config)
+    shapes = [(kv_heads, pages), (kv_heads, capacity), (kv_heads, 1), (kv_heads, capacity), (kv_heads, 1), (kv_heads, 2)]
     return pl.pallas_call(
         kernel,
         grid=(kv_heads,),
         in_specs=[pl.no_block_spec] * 5,
-        out_specs=[pl.no_block_spec] * 3,
+        out_specs=[pl.no_block_spec] * 7,
         out_shape=[
-            jax.ShapeDtypeStruct((kv_heads, pages), jnp.int32),
-            jax.ShapeDtypeStruct((kv_heads, capacity), jnp.int32),
-            jax.ShapeDtypeStruct((kv_heads, 2), jnp.int32),
+            *(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes),
+            jax.ShapeDtypeStruct((kv_heads, window.shape[3]), jnp.float32),
         ],
         input_output_aliases={3: 0},
         compiler_params=plgpu.CompilerParams(num_warps=config.select_warps, num_stages=1),
         interpret=interpret,
         name="sketch_select",
     )(scores, partials, window, stamps, chunks)
+
+
+def _carried_kernel(
+    stamps_ref,  # [K, P] i32 device
+    own_ref,  # [1] i32 device
+    carried_ref,  # [K, M] i32 device, out
+    count_ref,  # [K, 1] i32 device, out
+    *,
+    config: Config,
+):
+    k = pl.program_id(0)
+    pages, capacity = stamps_ref.shape[1], carried_ref.shape[1]
+    step = min(config.select_pages, pl.next_power_of_2(pages))
+
+    def one(i, before):
+        page = i * step + jnp.arange(step)
+        seen = plgpu.load(stamps_ref.at[k, page], mask=page < pages, other=-2) >= own_ref[0] - 1
+        rank = before + jnp.cumsum(seen.astype(jnp.int32), axis=0) - 1
+        put = seen & (rank < capacity)
+        plgpu.store(carried_ref.at[k, jnp.where(put, rank, capacity)], page, mask=put)
+        return before + jnp.sum(seen.astype(jnp.int32))
+
+    count_ref[k, 0] = jnp.minimum(lax.fori_loop(0, -(-pages // step), one, jnp.int32(0)), capacity)
+
+
+def carried_pages(
+    stamps: Int[Array, "K P"], own_chunk: Int[Array, " 1"], *, capacity: int, config: Config, interpret: bool
+) -> tuple[Int[Array, "K M"], Int[Array, "K 1"]]:
+    """The pages that earlier requests leave open for a token of `own_chunk`, ascending, and how many they are."""
+    kv_heads = stamps.shape[0]
+    return pl.pallas_call(
+        partial(_carried_kernel, config=config),
+        grid=(kv_heads,),
+        in_specs=[pl.no_block_spec] * 2,
+        out_specs=[pl.no_block_spec] * 2,
+        out_shape=[jax.ShapeDtypeStruct((kv_heads, capacity), jnp.int32), jax.ShapeDtypeStruct((kv_heads, 1), jnp.int32)],
+        compiler_params=plgpu.CompilerParams(num_warps=config.select_warps, num_stages=1),
+        interpret=interpret,
+        name="carried_pages",
+    )(stamps, own_chunk)

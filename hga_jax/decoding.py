@@ -1,0 +1,291 @@
+"""One decoded token of one layer through the decode operations: windows, routing, pages from whichever tier, exact merge.
+
+The same rule as blocks.py for a block of one query, in a handful of launches. The token's K/V go into their page while the windows are
+read; closing a chunk (its summary, its pages to the host) is put off to `close_chunk`, once in a chunk and never inside a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from hga_jax.backend import Stats
+from hga_jax.blocks import LayerState
+from hga_jax.cache import DeviceHistory, HostHistory
+from hga_jax.cache.window import WindowPlaces, place_of, window_places
+from hga_jax.config import HGAConfig
+from hga_jax.policies import Policy
+from hga_jax.sketches import built_in_rotation
+from hga_jax.summaries import write
+from pallas_kernels import paper_routing, sketch_routing
+from pallas_kernels.limits import power_of_two
+from pallas_kernels.routed_decode_attention import Bank, FreshToken, Partial, Windows, merge, page_attention, plan_bank, window_attention
+from pallas_kernels.routed_decode_attention import Config as AttentionConfig
+from pallas_kernels.sketch_routing import PageList
+
+MOST_HEADS = 31  # query heads a kv head: the paper policy's page masks are int32
+
+
+@dataclass(frozen=True)
+class How:
+    """Which implementation of the decode operations runs; interpret: the kernels in Pallas' interpreter, for tests."""
+
+    implementation: str
+    interpret: bool = False
+
+    def plain(self) -> dict[str, Any]:
+        """Arguments of operations without tunables."""
+        return {"implementation": self.implementation, "interpret": self.interpret}
+
+    def attention(self) -> dict[str, Any]:
+        """Arguments of the operations of routed_decode_attention."""
+        return self.plain() | ({"config": AttentionConfig(splits=2, window_splits=2)} if self.interpret else {})
+
+    def sketch(self) -> dict[str, Any]:
+        """Arguments of the operations of sketch_routing."""
+        return self.plain() | ({"config": sketch_routing.Config(unpack="arithmetic", scan_programs=2)} if self.interpret else {})
+
+
+def cannot_decode(config: HGAConfig, heads: int, kv_heads: int, capacity: int, head_dim: int) -> str | None:
+    """Why the kernels cannot decode this shape; None when they can."""
+    if not (power_of_two(config.group_size) and power_of_two(config.chunk_size)):
+        return f"group_size={config.group_size} and chunk_size={config.chunk_size} are not powers of two"
+    if head_dim % 4:
+        return f"head_dim={head_dim} is not a multiple of 4"
+    if config.policy == "paper" and heads // kv_heads > MOST_HEADS:
+        return f"{heads // kv_heads} query heads share a kv head; the paper policy's page masks hold {MOST_HEADS}"
+    if 2 * kv_heads * capacity * head_dim >= 2**31:
+        return f"{capacity} tokens x {kv_heads} kv heads x {head_dim} pass 2^31 elements a layer"
+    return None
+
+
+def carried_pages(state: LayerState, position: Int[Array, ""], config: HGAConfig, how: How) -> PageList | None:
+    """The pages open to the token at `position` whatever it asks for; None for policies that remember nothing."""
+    if state.stamps is None:
+        return None
+    capacity = min(config.page_capacity, state.stamps.shape[1])
+    return sketch_routing.carried_pages(state.stamps, position // config.chunk_size, capacity=capacity, **how.sketch())
+
+
+def decode_token(
+    query: Float[Array, "N H"],
+    key: Float[Array, "K H"],
+    value: Float[Array, "K H"],
+    state: LayerState,
+    position: Int[Array, ""],
+    config: HGAConfig,
+    scale: float,
+    how: How,
+) -> tuple[Float[Array, "N H"], LayerState, Stats]:
+    """Append the token at `position` and attend from it. `close_chunk` must have been called when the chunk before was full.
+
+    Windows, carried pages and routing do not wait for each other: the compiler may run them side by side (see programs.decode_tokens), so
+    that pages come over PCIe while the sketches are scanned.
+    """
+    heads, width = query.shape
+    kv_heads = key.shape[0]
+    query = query.reshape(kv_heads, heads // kv_heads, width)
+    places = window_places(position, config)
+    fresh = FreshToken(key, value, jnp.stack([places.open_place, position % config.group_size]))
+    windows, history = _attend_windows(query, places, fresh, state.history, scale, how)
+    state = replace(state, history=history)
+    if config.policy == "paper":
+        out, state, tally = _attend_requested(query, windows.partial, state, position, config, scale, how)
+    else:
+        out, state, tally = _attend_remembered(query, windows.partial, state, position, config, scale, how)
+    return out.reshape(heads, width), state, _stats(tally, places, position, config)
+
+
+def _attend_windows(
+    query: Float[Array, "K G H"], places: WindowPlaces, fresh: FreshToken, history: DeviceHistory | HostHistory, scale: float, how: How
+) -> tuple[Windows, DeviceHistory | HostHistory]:
+    """Sinks, local window and own chunk, the token's own key and value among them and now in the history."""
+    settings = how.attention() | {"scale": scale, "fresh": fresh}
+    if isinstance(history, HostHistory):
+        windows = window_attention(query, history.window, places.valid, **settings)
+        return windows, replace(history, window=windows.window)
+    windows = window_attention(query, history.pages, places.valid, pages=places.pages, **settings)
+    return windows, replace(history, pages=windows.window)
+
+
+class Tally(NamedTuple):
+    """What a token did, for the statistics: pages visible and requests refused a kv head, visible pages of an average head, and by kv head
+    the unopened mass, hits and requests of the bank where there is one."""
+
+    counts: Int[Array, "K 2"]
+    seen: Float[Array, ""]
+    unopened: Float[Array, "K G"] | None = None
+    hits: Int[Array, " K"] | None = None
+
+
+def _attend_requested(
+    query: Float[Array, "K G H"], windows: Partial, state: LayerState, position: Array, config: HGAConfig, scale: float, how: How
+) -> tuple[Float[Array, "K G H"], LayerState, Tally]:
+    """Paper policy: each head's own pages, nothing remembered."""
+    settings = how.attention()
+    found = _route_paper(query, state, position, config, how)
+    routed, _ = page_attention(query, found.ids, found.counts, state.history.pages, scale=scale, heads=found.heads, **settings)
+    out = merge([windows, routed], query.dtype, **settings).out
+    return out, replace(state, marks=found.marks), _paper_tally(found, query)
+
+
+def _route_paper(query: Float[Array, "K G H"], state: LayerState, position: Array, config: HGAConfig, how: How) -> Any:
+    pages = state.history.capacity // config.group_size
+    return paper_routing.paper_routing(
+        query, state.summaries.chunks, state.summaries.groups, state.marks, position // config.chunk_size,
+        sink_chunks=config.sink_chunks, local_chunks=config.local_chunks, top_chunks=config.top_chunks, top_groups=config.top_groups,
+        capacity=min(query.shape[1] * (config.top_groups // 2), pages), **how.plain(),
+    )  # fmt: skip
+
+
+def _paper_tally(found: Any, query: Float[Array, "K G H"]) -> Tally:
+    live = jnp.arange(found.heads.shape[1]) < found.counts[:, :1]
+    seen = jnp.where(live, lax.population_count(found.heads), 0).sum() / (query.shape[0] * query.shape[1])
+    return Tally(found.counts, seen)
+
+
+def _attend_remembered(
+    query: Float[Array, "K G H"], windows: Partial, state: LayerState, position: Array, config: HGAConfig, scale: float, how: How
+) -> tuple[Float[Array, "K G H"], LayerState, Tally]:
+    """Sketch policy: pages that stay open from earlier requests, then those that this token opens."""
+    own_chunk = position // config.chunk_size
+    before = state.carried or carried_pages(state, position, config, how)
+    bank = getattr(state.history, "bank", None)
+    carried, bank, hits = _attend_listed(query, before, state.history.pages, bank, state.stamps, own_chunk - 1, scale, how)
+    found = _route_sketch(query, windows, state, before, position, config, scale, how)
+    fresh, bank, more = _attend_listed(query, found.fresh, state.history.pages, bank, found.stamps, own_chunk - 1, scale, how)
+    merged = merge([windows, carried, fresh], query.dtype, hand_over=tuple(zip(found.carried, before, strict=True)), **how.attention())
+    history = state.history if bank is None else replace(state.history, bank=bank)
+    after = PageList(*merged.targets) if state.carried is not None else None
+    tally = Tally(found.counts, found.counts[:, 0].mean(), found.unopened, None if bank is None else hits + more)
+    return merged.out, replace(state, history=history, stamps=found.stamps, carried=after), tally
+
+
+def _route_sketch(
+    query: Float[Array, "K G H"],
+    windows: Partial,
+    state: LayerState,
+    before: PageList,
+    position: Array,
+    config: HGAConfig,
+    scale: float,
+    how: How,
+) -> sketch_routing.Pages:
+    summaries = state.summaries
+    columns = sketch_routing.query_columns(query, jnp.asarray(built_in_rotation(query.shape[2])), **how.plain())
+    return sketch_routing.sketch_routing(
+        columns, summaries.means, summaries.codes, summaries.scales, state.stamps, windows.stats, position // config.chunk_size,
+        (position + 1) // config.chunk_size, sink_chunks=config.sink_chunks, local_chunks=config.local_chunks,
+        group_size=config.group_size, threshold=config.threshold_for(query.shape[1]), capacity=before.ids.shape[1], scale=scale,
+        **how.sketch(),
+    )  # fmt: skip
+
+
+def _attend_listed(
+    query: Float[Array, "K G H"],
+    listed: PageList,
+    store: Float[Array, "K P 2 g H"],
+    bank: Bank | None,
+    recency: Int[Array, "K P"],
+    needed: Int[Array, ""],
+    scale: float,
+    how: How,
+) -> tuple[Partial, Bank | None, Int[Array, " K"] | None]:
+    """Listed pages from the store, through the bank where there is one; (partial result, bank, pages found in it)."""
+    if bank is None:
+        return page_attention(query, listed.ids, listed.count, store, scale=scale, **how.attention())[0], None, None
+    bank, plan = plan_bank(bank, listed.ids, listed.count, recency, needed, **how.attention())
+    partial, bank = page_attention(query, listed.ids, listed.count, store, scale=scale, bank=bank, plan=plan, **how.attention())
+    return partial, bank, plan.hits
+
+
+def _stats(tally: Tally, places: WindowPlaces, position: Int[Array, ""], config: HGAConfig) -> Stats:
+    kv_heads = tally.counts.shape[0]
+    listed, refused = tally.counts[:, 0].sum(), tally.counts[:, 1].sum()
+    held, windows = position + 1, places.valid.sum()
+    attended = (windows + config.group_size * tally.seen) / held
+    fetched = windows + config.group_size * listed / kv_heads
+    unopened = jnp.float32(0) if tally.unopened is None else tally.unopened.mean()
+    found = (jnp.float32(0), jnp.float32(0)) if tally.hits is None else (tally.hits.sum(), listed)
+    numbers = (1, attended, 1, fetched, fetched / held, refused, unopened, *found)
+    return Stats(*(jnp.asarray(x, jnp.float32) for x in numbers))
+
+
+def close_chunk(state: LayerState, held: Int[Array, ""], config: HGAConfig, policy: Policy, how: How) -> LayerState:
+    """Write the summary of the chunk of the newest token, and its pages to the host tier; provisional while the chunk is open.
+
+    held: tokens held. To be called when a chunk is full; more often does no harm.
+    """
+    history, per_chunk = state.history, config.groups_per_chunk
+    chunk = jnp.maximum(held - 1, 0) // config.chunk_size
+    if isinstance(history, HostHistory):
+        place = place_of(chunk * per_chunk, config)
+        keys = lax.dynamic_slice_in_dim(history.window, place, per_chunk, axis=1)[:, :, 0]
+        history = history.with_window_written(place, chunk * per_chunk, per_chunk, how.plain())
+    else:
+        keys = lax.dynamic_slice_in_dim(history.pages, chunk * per_chunk, per_chunk, axis=1)[:, :, 0]
+    keys = keys.reshape(keys.shape[0], config.chunk_size, keys.shape[-1])
+    summaries = write(state.summaries, policy.summarise(keys), chunk, 1)
+    return replace(state, history=history, summaries=summaries)
+
+
+class Awaited(NamedTuple):
+    """A token between `open_token` and `finish_token`: what it asks for, and what was computed meanwhile.
+
+    lists: the pages, in one or two lists of each kv head. heads: as in page_attention, for the only list; None: every head sees every page.
+    """
+
+    query: Float[Array, "K G H"]
+    windows: Partial
+    lists: tuple[PageList, ...]
+    heads: Int[Array, "K M"] | None
+    tally: Tally
+
+
+def open_token(
+    query: Float[Array, "N H"],
+    key: Float[Array, "K H"],
+    value: Float[Array, "K H"],
+    state: LayerState,
+    position: Int[Array, ""],
+    config: HGAConfig,
+    scale: float,
+    how: How,
+) -> tuple[Awaited, LayerState]:
+    """The first half of `decode_token`, for a history whose pages somebody has to bring first."""
+    kv_heads, width = key.shape
+    query = query.reshape(kv_heads, -1, width)
+    places = window_places(position, config)
+    fresh = FreshToken(key, value, jnp.stack([places.open_place, position % config.group_size]))
+    windows, history = _attend_windows(query, places, fresh, state.history, scale, how)
+    state = replace(state, history=history)
+    if config.policy == "paper":
+        found = _route_paper(query, state, position, config, how)
+        awaited = Awaited(query, windows.partial, (PageList(found.ids, found.counts[:, :1]),), found.heads, _paper_tally(found, query))
+        return awaited, replace(state, marks=found.marks)
+    before = carried_pages(state, position, config, how)
+    found = _route_sketch(query, windows.partial, state, before, position, config, scale, how)
+    tally = Tally(found.counts, found.counts[:, 0].mean(), found.unopened)
+    return Awaited(query, windows.partial, (before, found.fresh), None, tally), replace(state, stamps=found.stamps)
+
+
+def finish_token(
+    awaited: Awaited,
+    pages: Float[Array, "K M 2 g H"],
+    count: Int[Array, "K 1"],
+    position: Int[Array, ""],
+    config: HGAConfig,
+    scale: float,
+    how: How,
+) -> tuple[Float[Array, "N H"], Stats]:
+    """The second half: `pages` are those of the lists, one list after the other, the first `count` of each kv head."""
+    query = awaited.query
+    ids = jnp.broadcast_to(jnp.arange(pages.shape[1], dtype=jnp.int32), pages.shape[:2])
+    heads = None if awaited.heads is None else awaited.heads[:, : pages.shape[1]]
+    routed, _ = page_attention(query, ids, count, pages, scale=scale, heads=heads, **how.attention())
+    out = merge([awaited.windows, routed], query.dtype, **how.attention()).out
+    return out.reshape(-1, query.shape[2]), _stats(awaited.tally, window_places(position, config), position, config)

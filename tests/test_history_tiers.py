@@ -1,0 +1,106 @@
+"""Where the history lives changes nothing: the same tokens from the device, from the host, and with a bank between the two."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hga_jax import programs
+from hga_jax.attention import HGAAttention
+from hga_jax.cache.window import place_of, window_page_count, window_places
+from hga_jax.config import HGAConfig, ModelConfig
+from hga_jax.model import Decoder
+from hga_jax.sampling import Sampling
+
+SMALL = {"chunk_size": 16, "group_size": 4, "sink_chunks": 1, "local_chunks": 2, "threshold": 0.02, "top_chunks": 3, "top_groups": 8}
+MODEL = ModelConfig(
+    model_type="llama", vocab_size=64, hidden_size=32, layers=2, heads=4, kv_heads=2, head_dim=16, mlp_size=32, native_context=4096
+)
+TIERS = {"device": {}, "host": {"tier": "host"}, "bank": {"tier": "host", "bank_pages": 10}}
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    return Decoder(MODEL, jnp.float32)
+
+
+def prefilled(decoder, backend, tokens, states, first=0):
+    """In super-blocks of 32 tokens, so that later ones need the older pages back."""
+    for done in programs.prefill_blocks(decoder, tokens, states, backend, first=first, segment=32, super_block=32):
+        last = done
+    return last.states
+
+
+def decoded(decoder, backend, token, position, states, count):
+    return programs.decode_tokens(
+        decoder, jnp.int32(token), jnp.int32(position), states, jnp.int32(count), jnp.array([-1]), Sampling(), jax.random.key(0),
+        backend=backend, room=160,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("policy", ["sketch", "paper"])
+def test_every_tier_writes_the_same_text(decoder, policy):
+    """132 tokens across nine chunk closings, a second prompt on top, then more."""
+    rng = np.random.default_rng(0)
+    prompt, turn = rng.integers(0, 64, 77), rng.integers(0, 64, 9)
+    texts, totals = {}, {}
+    for name in ("device", "host", "bank") if policy == "sketch" else ("device", "host"):
+        backend = HGAAttention(HGAConfig(policy=policy, **SMALL), MODEL.rope, **TIERS[name])
+        states = prefilled(decoder, backend, prompt, programs.new_states(decoder, backend, 256, jnp.float32))
+        first, made, states, stats = decoded(decoder, backend, 3, 77, states, 132)
+        assert int(made) == 132
+        states = prefilled(decoder, backend, turn, states, first=77 + 132)
+        second, *_ = decoded(decoder, backend, 5, 77 + 132 + 9, states, 30)
+        texts[name], totals[name] = np.concatenate([first[:132], second[:30]]), stats
+    for name, text in texts.items():
+        np.testing.assert_array_equal(text, texts["device"], err_msg=name)
+        for figure in ("queries", "attended", "fetched_tokens", "fetched", "refused", "unopened"):
+            np.testing.assert_allclose(getattr(totals[name], figure), getattr(totals["device"], figure), rtol=1e-4, err_msg=figure)
+        assert (totals[name].bank_requests > 0) == (name == "bank")
+    if "bank" in totals:
+        assert 0 < totals["bank"].bank_hits < totals["bank"].bank_requests
+
+
+@pytest.mark.parametrize("policy", ["sketch", "paper"])
+def test_kernels_give_the_same_logits(policy):
+    """The kernels, interpreted, over the host tier: one layer's outputs for ten tokens across a chunk closing."""
+    backends = [
+        HGAAttention(HGAConfig(policy=policy, **SMALL), MODEL.rope, tier="host", implementation=name) for name in (None, "interpret")
+    ]
+    rng = np.random.default_rng(1)
+    q, k, v = (jnp.asarray(rng.standard_normal((90, n, 16)), jnp.float32) for n in (4, 2, 2))
+    outputs = []
+    for backend in backends:
+        plain = HGAAttention(backend.config, MODEL.rope)
+        _, done, _ = plain.prefill(q[:75], k[:75], v[:75], plain.init_state(96, 2, 16, jnp.float32), jnp.int32(75))
+        state, _ = HGAAttention(backend.config, MODEL.rope, tier="host").unload(backend.init_state(96, 2, 16, jnp.float32), done, 0, 75, 96)
+        step, settle = jax.jit(backend.decode), jax.jit(backend.settle)
+        for t in range(75, 85):
+            out, state, stats = step(q[t], k[t], v[t], state)
+            outputs.append((np.asarray(out), stats))
+            if (t + 1) % backend.settle_every == 0:
+                state = settle(state, jnp.int32(t + 1))
+    for (expected, plain_stats), (found, stats) in zip(outputs[:10], outputs[10:], strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), stats, plain_stats)
+
+
+@pytest.mark.parametrize(("sinks", "local"), [(2, 8), (1, 0), (0, 3)])
+def test_places_hold_the_windows_of_every_position(sinks, local):
+    config = HGAConfig(chunk_size=8, group_size=4, sink_chunks=sinks, local_chunks=local)
+    positions = jnp.arange(200)
+    pages, valid, open_place = jax.vmap(lambda position: window_places(position, config))(positions)
+    assert pages.shape[1] == window_page_count(config)
+    for position, ids, tokens, newest in zip(positions.tolist(), *map(np.asarray, (pages, valid, open_place)), strict=True):
+        own = position // 8
+        seen = {t for t in range(position + 1) if t // 8 < sinks or t // 8 >= own - local}
+        held = [page * 4 + i for page, count in zip(ids, tokens, strict=True) for i in range(count)]
+        assert sorted(held) == sorted(seen)
+        assert ids[newest] == position // 4
+        for place, (page, count) in enumerate(zip(ids, tokens, strict=True)):
+            assert count == 0 or int(place_of(jnp.int32(page), config)) == place
+
+
+def test_a_bank_needs_the_host_tier():
+    with pytest.raises(ValueError, match="bank_pages=4 needs tier='host'"):
+        HGAAttention(HGAConfig(), bank_pages=4)
