@@ -81,13 +81,18 @@ def config_to_json(config: ModelConfig) -> dict[str, Any]:
 
 def config_from_json(raw: Mapping[str, Any]) -> ModelConfig:
     """The inverse of config_to_json. Raises KeyError or TypeError for fields that are missing or unknown."""
-    scaling = raw["rope"]["scaling"]
-    if scaling is not None:
-        scaling = SCALINGS[scaling["kind"]](**{key: value for key, value in scaling.items() if key != "kind"})
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()}
     if absent := {item.name for item in fields(ModelConfig)} - values.keys():
         raise KeyError(", ".join(sorted(absent)))
-    return ModelConfig(**values | {"rope": RopeConfig(raw["rope"]["theta"], scaling)})
+    return ModelConfig(**values | {"rope": rope_from_json(raw["rope"])})
+
+
+def rope_from_json(raw: Mapping[str, Any]) -> RopeConfig:
+    """The rope of a model as config_to_json wrote it."""
+    scaling = raw["scaling"]
+    if scaling is not None:
+        scaling = SCALINGS[scaling["kind"]](**{key: value for key, value in scaling.items() if key != "kind"})
+    return RopeConfig(raw["theta"], scaling)
 
 
 def save_units(path: Path, arrays: Iterable[tuple[str, jax.Array]]) -> None:

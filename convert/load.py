@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,9 +19,10 @@ from convert.checking import array_targets, check_source
 from convert.gguf_config import ARCHITECTURES
 from convert.mapping import split_key
 from convert.sources import GGUFSource, HuggingFaceSource, Source, read_hf_config
-from convert.stream import HOST_BYTES, READERS, make_units, stream_arrays
+from convert.stream import HOST_BYTES, READERS, HostBuffers, PinnedBuffers, make_units, stream_arrays
 from hga_jax.config import ModelConfig
 from hga_jax.model import Decoder, weight_leaves
+from hga_jax.placement import default_placement, is_cuda
 from hga_jax.quantized import BlockScaled, Weight, dequantize
 from hga_jax.text.gguf_metadata import read_gguf_metadata
 from hga_jax.text.tokenizer import Tokenizer
@@ -45,7 +46,8 @@ def load_decoder(
 
     dtype: of the weights that are not FP8: bfloat16, float16 or float32; None keeps the checkpoint's (bfloat16 for a quantised GGUF).
     sharding: a device, a sharding, or a function from a weight's path ("layers.0.attention.q.weight") to its sharding; None: the default
-    device. progress hears (bytes done, of how many). fp8="dequantize" turns FP8 weights into plain ones of `dtype`.
+    device, and what hga_jax.placement puts into its host memory. progress hears (bytes done, of how many). fp8="dequantize" turns FP8
+    weights into plain ones of `dtype`.
     host_bytes bounds the host memory in use while the weights stream (one layer at least), readers is how many threads read.
 
     The tensors are compared with what the config asks for before any is copied. Raises ValueError, one line: no checkpoint there, damaged
@@ -58,8 +60,9 @@ def load_decoder(
         saved = checkpoint.read_settings(path)
         config, dtype = saved.config, check_dtype(saved.dtype if dtype is None else dtype)
         decoder = Decoder.abstract(config, dtype)
-        arrays = checkpoint.restore(path, array_targets(decoder), _placement(sharding), progress)
-        leaves = dict(_leaves(arrays, config, dtype, fp8, _placement(sharding)))
+        place = _placement(sharding, config)
+        arrays = checkpoint.restore(path, array_targets(decoder), place, progress)
+        leaves = dict(_leaves(arrays, config, dtype, fp8, place))
     else:
         source = open_source(path)
         try:
@@ -67,9 +70,15 @@ def load_decoder(
             decoder = Decoder.abstract(config, dtype)
             targets = array_targets(decoder)
             check_source(source, targets)
-            place = _placement(sharding) if fp8 == "keep" else _placement(None)
-            arrays = stream_arrays(source, make_units(source, targets), partial(_to_device, place), progress, host_bytes, readers)
-            leaves = dict(_leaves(arrays, config, dtype, fp8, _placement(sharding)))
+            final = _placement(sharding, config)
+            place = final if fp8 == "keep" else _placement(None, config)
+            buffers = _buffers(place, targets, host_bytes)
+
+            def put(key: str, host: np.ndarray) -> tuple[jax.Array, bool]:
+                return buffers.to_device(host, place(key))
+
+            arrays = stream_arrays(source, make_units(source, targets), put, progress, buffers, readers)
+            leaves = dict(_leaves(arrays, config, dtype, fp8, final))
         finally:
             source.close()
     if fp8 == "dequantize":
@@ -136,11 +145,12 @@ def with_weights(decoder: Decoder, leaves: Mapping[str, Weight]) -> Decoder:
     return nnx.merge(graph, nnx.from_flat_state(filled))
 
 
-def _placement(sharding: Placement) -> Callable[[str], jax.sharding.Sharding]:
+def _placement(sharding: Placement, config: ModelConfig) -> Callable[[str], jax.sharding.Sharding]:
     """What `sharding` means for an array key; FP8 values and scales follow their weight."""
     if sharding is None:
-        sharding = jax.config.jax_default_device or jax.local_devices()[0]
-        sharding = jax.local_devices(backend=sharding)[0] if isinstance(sharding, str) else sharding
+        device = jax.config.jax_default_device or jax.local_devices()[0]
+        place = default_placement(config, jax.local_devices(backend=device)[0] if isinstance(device, str) else device)
+        return lambda key: place(split_key(key)[0])
     if isinstance(sharding, jax.Device):
         sharding = jax.sharding.SingleDeviceSharding(sharding)
     if isinstance(sharding, jax.sharding.Sharding):
@@ -148,12 +158,12 @@ def _placement(sharding: Placement) -> Callable[[str], jax.sharding.Sharding]:
     return lambda key: sharding(split_key(key)[0])
 
 
-def _to_device(place: Callable[[str], jax.sharding.Sharding], key: str, host: np.ndarray) -> tuple[jax.Array, bool]:
-    """Copy to the device and wait, so that the host buffer is free again; a CPU device may have kept the buffer itself."""
-    target = place(key)
-    array = jax.block_until_ready(jax.device_put(host, target))
-    kept = any(device.platform == "cpu" for device in target.device_set) or target.memory_kind not in (None, "device")
-    return array, not kept
+def _buffers(place: Callable[[str], jax.sharding.Sharding], keys: Iterable[str], host_bytes: int) -> HostBuffers:
+    """Pinned ones where one CUDA GPU takes all."""
+    devices = {device for key in keys for device in place(key).device_set}
+    if len(devices) == 1 and is_cuda(device := devices.pop()):
+        return PinnedBuffers(host_bytes, device)
+    return HostBuffers(host_bytes)
 
 
 def _leaves(

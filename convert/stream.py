@@ -1,14 +1,18 @@
 """The pipeline: threads read a checkpoint in file order into host buffers while finished arrays go to the device.
 
-Host memory is bounded by `host_bytes` (or one layer, whichever is more); the file is passed over once.
+Host memory is bounded by the buffers' limit (or one layer, whichever is more); the file is passed over once.
 """
 
 from __future__ import annotations
 
+import ctypes
+import math
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,7 +21,7 @@ from convert.mapping import Part
 from convert.sources import Source
 
 HOST_BYTES = 3 << 29  # 1.5 GiB: two layers of Qwen3-30B-A3B-FP8, one read while the other is copied
-READERS = 4
+READERS = min(8, os.cpu_count() or 1)
 BATCH = 8 << 20  # bytes read per task: small tensors travel together
 
 
@@ -59,27 +63,71 @@ class HostBuffers:
 
     def __init__(self, limit: int):
         self.limit, self.idle_bytes, self.busy_bytes = limit, 0, 0
-        self._idle: dict[int, list[np.ndarray]] = {}
+        self._idle: dict[tuple[tuple[int, ...], np.dtype], list[np.ndarray]] = {}
 
-    def take(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    def take(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        size = math.prod(shape) * np.dtype(dtype).itemsize
         self.busy_bytes += size
-        if self._idle.get(size):
-            raw = self._idle[size].pop()
+        if waiting := self._idle.get((shape, np.dtype(dtype))):
             self.idle_bytes -= size
-        else:
-            if self.busy_bytes + self.idle_bytes > self.limit:
-                self._idle.clear()
-                self.idle_bytes = 0
-            raw = np.empty(size + 64, np.uint8)
-            raw = raw[-raw.ctypes.data % 64 :][:size]
-        return raw.view(dtype).reshape(shape)
+            return waiting.pop()
+        if self.busy_bytes + self.idle_bytes > self.limit:
+            for unused in (array for arrays in self._idle.values() for array in arrays):
+                self._forget(unused)
+            self._idle.clear()
+            self.idle_bytes = 0
+        return self._new(shape, np.dtype(dtype))
 
     def done(self, array: np.ndarray, reuse: bool) -> None:
         self.busy_bytes -= array.nbytes
         if reuse:
-            self._idle.setdefault(array.nbytes, []).append(array.reshape(-1).view(np.uint8))
+            self._idle.setdefault((array.shape, array.dtype), []).append(array)
             self.idle_bytes += array.nbytes
+        else:
+            self._forget(array)
+
+    def to_device(self, host: np.ndarray, target: jax.sharding.Sharding) -> tuple[jax.Array, bool]:
+        """Copy one of these arrays and wait; also whether it is free again (a CPU device may have kept the buffer itself)."""
+        array = jax.block_until_ready(jax.device_put(host, target))
+        kept = any(device.platform == "cpu" for device in target.device_set) or target.memory_kind not in (None, "device")
+        return array, not kept
+
+    def _new(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        size = math.prod(shape) * dtype.itemsize
+        raw = np.empty(size + 64, np.uint8)
+        return raw[-raw.ctypes.data % 64 :][:size].view(dtype).reshape(shape)
+
+    def _forget(self, array: np.ndarray) -> None:
+        """An array that will not be used again."""
+
+
+class PinnedBuffers(HostBuffers):
+    """Arrays that a GPU's copy engine reads without staging: 46 GB/s on an H100 (PCIe 5) where ordinary ones reach 8.
+
+    Each is the memory of a JAX array in pinned host memory, written through its address. That breaks JAX's rule that arrays do not change,
+    which is safe here alone: nobody else sees the pinned array until it is complete, and copies out of it are waited for.
+    """
+
+    def __init__(self, limit: int, device: jax.Device):
+        super().__init__(limit)
+        self._sharding = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
+        self._owners: dict[int, jax.Array] = {}
+
+    def to_device(self, host: np.ndarray, target: jax.sharding.Sharding) -> tuple[jax.Array, bool]:
+        owner = self._owners[host.ctypes.data]
+        if target == self._sharding:
+            return owner, False
+        return jax.block_until_ready(jax.device_put(owner, target)), True
+
+    def _new(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        owner = jax.block_until_ready(jax.device_put(np.zeros(shape, dtype), self._sharding))
+        address = owner.unsafe_buffer_pointer()
+        self._owners[address] = owner
+        memory = (ctypes.c_uint8 * owner.nbytes).from_address(address)
+        return np.frombuffer(memory, np.uint8).view(dtype).reshape(shape)
+
+    def _forget(self, array: np.ndarray) -> None:
+        del self._owners[array.ctypes.data]
 
 
 def stream_arrays(
@@ -87,16 +135,17 @@ def stream_arrays(
     units: list[list[ArrayPlan]],
     put: Callable[[str, np.ndarray], tuple[jax.Array | np.ndarray, bool]],
     progress: Callable[[int, int], None] | None = None,
-    host_bytes: int = HOST_BYTES,
+    buffers: HostBuffers | None = None,
     readers: int = READERS,
 ) -> Iterator[tuple[str, jax.Array | np.ndarray]]:
     """Yield every array of `units` in order, as (key, put(key, filled host array)).
 
     put returns what it made and whether the host array is free again. progress hears (bytes read so far, bytes in all).
+    buffers: where host arrays come from; their limit bounds how far reading runs ahead.
     """
     total = sum(source.tensors[part.name].nbytes for unit in units for plan in unit for part in plan.parts)
     read = 0
-    buffers = HostBuffers(host_bytes)
+    buffers = buffers or HostBuffers(HOST_BYTES)
     waiting: deque[tuple[ArrayPlan, np.ndarray, list[Future]]] = deque()
 
     def finish() -> tuple[str, jax.Array | np.ndarray]:
@@ -115,7 +164,7 @@ def stream_arrays(
     try:
         _prefetch(source, units, 0)
         for index, unit in enumerate(units):
-            while waiting and buffers.busy_bytes + sum(plan.nbytes for plan in unit) > host_bytes:
+            while waiting and buffers.busy_bytes + sum(plan.nbytes for plan in unit) > buffers.limit:
                 yield finish()
             _prefetch(source, units, index + 1)
             filled = {plan.key: buffers.take(plan.target.shape, plan.target.dtype) for plan in unit}

@@ -14,10 +14,9 @@ import os
 import shutil
 import sys
 import zlib
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, lru_cache
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -60,7 +59,9 @@ TINY_DENSE = {
 }  # fmt: skip
 TINY_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 136}
 FP8_MODULES_KEPT = ("input_layernorm", "mlp.gate", "post_attention_layernorm")
-PIECE = 8 << 20  # bytes made at a time
+PIECE = 8 << 20  # bytes written at a time
+POOL = 24 << 20  # bytes of random weights that tensors are cut from
+WRITERS = 8  # files written at a time
 FP8_SIGMA = 112.0  # a Gaussian block of 128x128 reaches 4 sigma: its largest value lands on e4m3's 448
 Reference = tuple[str, tuple[int, ...], np.dtype]
 
@@ -108,7 +109,7 @@ def write_synthetic(
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> Path:
-    """Write the checkpoint into a new directory and return it; memory stays at a few pieces of 8 MB.
+    """Write the checkpoint into a new directory and return it; memory stays at a few pools of 24 MB.
 
     The same seed and name give the same tensor, whatever the number of layers. progress hears bytes as they are written.
     Raises ValueError when `out` exists, the disk has no room, or an option is out of range.
@@ -130,9 +131,14 @@ def write_synthetic(
     partial.mkdir(parents=True)
     try:
         names = [SINGLE] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-        for name, shard in zip(names, shards, strict=True):
+
+        def write(name: str, shard: list[Reference]) -> None:
             header = {item[0]: item[1:] for item in shard}
             write_safetensors(partial / name, header, _pieces(shard, seed, progress), {"format": "pt"})
+
+        _fp8_pool(seed)  # before threads want it
+        with ThreadPoolExecutor(WRITERS) as pool:
+            list(pool.map(write, names, shards))
         if len(shards) > 1:
             weight_map = {item[0]: name for name, shard in zip(names, shards, strict=True) for item in shard}
             (partial / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
@@ -165,43 +171,39 @@ def _shards(tensors: list[Reference], limit: int) -> list[list[Reference]]:
 
 
 def _pieces(shard: list[Reference], seed: int, progress: Callable[[int], None] | None) -> Iterator[np.ndarray]:
-    """The shard's contents in order, made by a few threads ahead of the writing."""
-    workers = min(4, os.cpu_count() or 1)
-    waiting: deque[Future] = deque()
-
-    def jobs() -> Iterator[tuple]:
-        for name, shape, dtype in shard:
-            step = PIECE // dtype.itemsize
-            count = math.prod(shape)
-            for start in range(0, count, step):
-                yield name, shape, dtype, min(step, count - start), start // step
-
-    def next_piece() -> np.ndarray:
-        piece = waiting.popleft().result()
-        if progress is not None:
-            progress(piece.nbytes)
-        return piece
-
-    with ThreadPoolExecutor(workers) as pool:
-        for job in jobs():
-            waiting.append(pool.submit(_make, seed, *job))
-            if len(waiting) > 2 * workers:
-                yield next_piece()
-        while waiting:
-            yield next_piece()
+    """The shard's contents in order."""
+    for name, shape, dtype in shard:
+        step = PIECE // dtype.itemsize
+        count = math.prod(shape)
+        for start in range(0, count, step):
+            piece = _make(seed, name, shape, dtype, min(step, count - start), start // step)
+            yield piece
+            if progress is not None:
+                progress(piece.nbytes)
 
 
 def _make(seed: int, name: str, shape: tuple[int, ...], dtype: np.dtype, count: int, piece: int) -> np.ndarray:
-    """One piece of a tensor: norms ones, scales constant, everything else Gaussian codes drawn through a table of quantiles."""
+    """One piece of a tensor: norms ones, scales constant, everything else a stretch of the pool that starts where the name says."""
     if name.endswith("norm.weight"):
         return np.ones(count, dtype)
     if name.endswith("_scale_inv"):
         return np.full(count, _scale(shape, name), dtype)
-    random = np.random.Generator(np.random.SFC64([seed, zlib.crc32(name.encode()), piece]))
-    words = random.integers(0, 2**64, -(-count * dtype.itemsize // 8), dtype=np.uint64)
-    if dtype == np.dtype(ml_dtypes.float8_e4m3fn):
-        return np.frombuffer(words.tobytes().translate(_fp8_table()), np.uint8)[:count].view(dtype)
-    return np.take(_bf16_table(shape[-1]), words.view(np.uint16)[:count], mode="clip")
+    pool = _fp8_pool(seed) if dtype == np.dtype(ml_dtypes.float8_e4m3fn) else _bf16_pool(seed, shape[-1])
+    start = zlib.crc32(f"{seed} {name} {piece}".encode()) % (pool.size - count + 1)
+    return pool[start : start + count]
+
+
+@lru_cache(1)
+def _fp8_pool(seed: int) -> np.ndarray:
+    """Gaussian codes, drawn once: drawing all 30 GB of a large model takes longer than writing them."""
+    codes = np.random.Generator(np.random.SFC64(seed)).bytes(POOL).translate(_fp8_table())
+    return np.frombuffer(codes, ml_dtypes.float8_e4m3fn)
+
+
+@lru_cache(4)
+def _bf16_pool(seed: int, inputs: int) -> np.ndarray:
+    ranks = np.random.Generator(np.random.SFC64(seed)).integers(0, 1 << 16, POOL // 2, dtype=np.uint16)
+    return np.take(_bf16_table(inputs), ranks, mode="clip")
 
 
 def _quantiles(count: int) -> np.ndarray:

@@ -9,7 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hga_jax.attention import HGAAttention, hga_attention
+    from hga_jax.adapters import AttentionCache, FlaxAttention, dot_product_attention
+    from hga_jax.attention import HGAAttention, hga_attention, opened_pages
     from hga_jax.backend import AttentionBackend, DenseAttention
     from hga_jax.config import HGAConfig, ModelConfig, RopeConfig
     from hga_jax.generation import GenerateResult
@@ -19,27 +20,35 @@ if TYPE_CHECKING:
 # Loaded when first used, so that the command line answers wrong options before JAX is imported.
 _HOMES = {
     "AttentionBackend": "backend",
+    "AttentionCache": "adapters",
     "DenseAttention": "backend",
+    "FlaxAttention": "adapters",
     "GenerateResult": "generation",
     "HGAAttention": "attention",
     "HGAConfig": "config",
     "LanguageModel": "language_model",
     "ModelConfig": "config",
     "RopeConfig": "config",
+    "dot_product_attention": "adapters",
     "hga_attention": "attention",
     "load_model": "loading",
+    "opened_pages": "attention",
 }
 __all__ = [
     "AttentionBackend",
+    "AttentionCache",
     "DenseAttention",
+    "FlaxAttention",
     "GenerateResult",
     "HGAAttention",
     "HGAConfig",
     "LanguageModel",
     "ModelConfig",
     "RopeConfig",
+    "dot_product_attention",
     "hga_attention",
     "load_model",
+    "opened_pages",
 ]
 
 

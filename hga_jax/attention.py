@@ -11,7 +11,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
 
 from hga_jax.backend import AttentionBackend, Stats
 from hga_jax.blocks import LayerState, Opened, attend, attend_and_keep, new_state, summarise_new
@@ -23,7 +24,7 @@ from hga_jax.gradients import routed_attention_gradient
 from hga_jax.listed import attend_listed
 from hga_jax.policies import Policy, policy_for
 from hga_jax.pytree import register
-from pallas_kernels.dispatch import Implementation, choose
+from pallas_kernels.dispatch import Implementation, choose, on_cuda
 from pallas_kernels.sketch_prefill_routing import unsupported
 
 
@@ -84,15 +85,28 @@ class HGAAttention(AttentionBackend):
     ) -> tuple[Float[Array, "T N H"], LayerState, Stats]:
         """Append the first `count` rows (post-RoPE) and attend from each; outputs of the other rows are zero.
 
-        The tokens held need not end at a chunk boundary. Paper policy: only this call's queries share the cuts of their chunk.
+        The tokens held need not end at a chunk boundary. Paper policy: only this call's queries share the cuts of their chunk. A first call
+        of at most config.dense_below rows attends to everything and requests nothing.
         """
         scale = 1 / math.sqrt(query.shape[-1])
         policy = policy_for(self.config, self.rope, query.shape[-1], scale)
         start = state.length
         state = replace(state, history=state.history.append(key, value, count))
         state = summarise_new(state, start, key.shape[0], self.config, policy)
-        out, _, state, stats, _ = _attend(query, start, count, state, self.config, policy, scale, None)
-        return out, state, stats
+        implementation = None if self.implementation == "interpret" else self.implementation
+
+        def routed(_: None) -> tuple[Array, Array | None, Stats]:
+            out, _, after, stats, _ = _attend(query, start, count, state, self.config, policy, scale, implementation)
+            return out, after.stamps, stats
+
+        def dense(_: None) -> tuple[Array, Array | None, Stats]:
+            return _attend_densely(query, key, value, count, state.stamps)
+
+        if 1 < query.shape[0] <= self.config.dense_up_to(_fits_cudnn(query)):
+            out, stamps, stats = lax.cond(start == 0, dense, routed, None)
+        else:
+            out, stamps, stats = routed(None)
+        return out, replace(state, stamps=stamps), stats
 
     def decode(
         self,
@@ -199,6 +213,26 @@ def _write_pages(
     return history.typed().with_pages_written(source, held, end, most, window_places(end, config), how.plain())
 
 
+def _fits_cudnn(query: Float[Array, "T N H"]) -> bool:
+    return on_cuda() and query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[2] % 8 == 0 and query.shape[2] <= 128
+
+
+def _attend_densely(
+    query: Float[Array, "T N H"],
+    key: Float[Array, "T K H"],
+    value: Float[Array, "T K H"],
+    count: Int[Array, ""],
+    stamps: Int[Array, "K P"] | None,
+) -> tuple[Float[Array, "T N H"], Int[Array, "K P"] | None, Stats]:
+    """Exact causal attention of a sequence's first tokens."""
+    implementation = "cudnn" if _fits_cudnn(query) else "xla"
+    out = jax.nn.dot_product_attention(query[None], key[None], value[None], is_causal=True, implementation=implementation)[0]
+    queries, zero = count.astype(jnp.float32), jnp.float32(0)
+    blocks = (-(-count // 64)).astype(jnp.float32)
+    stats = Stats(queries, queries, blocks, blocks * queries, blocks, zero, zero)
+    return jnp.where((jnp.arange(query.shape[0]) < count)[:, None, None], out, 0), stamps, stats
+
+
 def hga_attention(
     query: Float[Array, "B T N H"],
     key: Float[Array, "_B S K _H"],  # _: checked below, with an error that says more
@@ -279,11 +313,8 @@ def _attend(
     keep: bool = False,
 ) -> tuple[Float[Array, "T N H"], Int[Array, "T N"], LayerState, Stats, Opened | None]:
     """All blocks at once by kernels where they run, or where screening is wanted; else block by block. See blocks.attend_and_keep."""
-    reason = "the paper policy has no kernels"
-    if policy.list_pages is not None:
-        reason = unsupported(query, state.history.pages, config.chunk_size, config.group_size)
-    chosen = choose("hga prefill", implementation, reason)
-    if policy.list_pages is not None and query.shape[0] > 1 and (chosen == "pallas" or config.screening == "on"):
+    chosen = choose("hga prefill", implementation, unsupported(query, state.history.pages, config.chunk_size, config.group_size))
+    if query.shape[0] > 1 and (chosen == "pallas" or (config.screening == "on" and config.policy == "sketch")):
         return attend_listed(query, start, count, state, config, policy, scale, chosen)
     if keep:
         return attend_and_keep(query, start, count, state, config, policy, scale)
@@ -308,7 +339,10 @@ def _attend_backward(config, rope, scale, implementation, kept, cotangents) -> t
 
     def one(item: tuple) -> tuple[Array, Array, Array]:
         q, k, v, start, count, out, opened, d_out = item
-        return routed_attention_gradient(d_out, out, q, k, v, start, count, opened, config, scale)
+        pages = jax.eval_shape(lambda: _whole_history(k, v, config).pages)
+        reason = sketch_prefill_routing.unsupported(q, pages, config.chunk_size, config.group_size)
+        chosen = "xla" if len(q) == 1 else choose("hga gradient", implementation, reason)
+        return routed_attention_gradient(d_out, out, q, k, v, start, count, opened, config, scale, chosen)
 
     starts, counts = jnp.broadcast_to(start, batch), jnp.broadcast_to(count, batch)
     gradients = jax.lax.map(one, (query, key, value, starts, counts, out, opened, cotangents[0]))
@@ -320,9 +354,13 @@ _attend_batch.defvjp(_attend_forward, _attend_backward)
 
 def _whole_state(key: Float[Array, "S K H"], value: Float[Array, "S K H"], config: HGAConfig, policy: Policy) -> LayerState:
     """The state that holds all tokens of one sequence."""
-    capacity = -(-key.shape[0] // config.chunk_size) * config.chunk_size
-    state = new_state(DeviceHistory.holding(key, value, config.group_size, capacity), key.dtype, config, policy)
-    return summarise_new(state, jnp.int32(0), capacity, config, policy)
+    history = _whole_history(key, value, config)
+    state = new_state(history, key.dtype, config, policy)
+    return summarise_new(state, jnp.int32(0), history.capacity, config, policy)
+
+
+def _whole_history(key: Float[Array, "S K H"], value: Float[Array, "S K H"], config: HGAConfig) -> DeviceHistory:
+    return DeviceHistory.holding(key, value, config.group_size, -(-key.shape[0] // config.chunk_size) * config.chunk_size)
 
 
 def _each_sequence(one: Callable, query: Array, key: Array, value: Array, start: Array, count: Array) -> Any:
@@ -331,6 +369,40 @@ def _each_sequence(one: Callable, query: Array, key: Array, value: Array, start:
         return jax.vmap(lambda *arrays: one(*arrays, start, count))(query, key, value)
     bounds = (jnp.broadcast_to(x, query.shape[:1]) for x in (start, count))
     return jax.lax.map(lambda item: one(*item), (query, key, value, *bounds))
+
+
+def opened_pages(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    *,
+    config: HGAConfig,
+    rope: RopeConfig | None = None,
+    rotation: Float[Array | np.ndarray, "H H"] | None = None,
+    query_start: int | Int[Array, ""] = 0,
+) -> Bool[Array, "B T N P"]:
+    """Which pages hga_attention's routing opens to each query and head, for looking at; the windows, always seen, are not among them.
+
+    Page p holds tokens p * group_size and so on. Arguments and errors are hga_attention's. The result has B * T * N * S / 16 bytes.
+    """
+    _check(query, key, value, config, rope, rotation, query_start, None, None)
+    scale, start = 1 / math.sqrt(query.shape[-1]), jnp.asarray(query_start, jnp.int32)
+    policy = policy_for(config, rope, query.shape[-1], scale, rotation)
+
+    def one(q: Array, k: Array, v: Array) -> Array:
+        state = _whole_state(k, v, config, policy)
+        opened = _attend(q, start, jnp.int32(len(q)), state, config, policy, scale, None, keep=True)[4]
+        blocks, kv_heads, lists, _ = opened.pages.shape
+        heads, rows = q.shape[1], opened.peaks.shape[-1]
+        at = jnp.ix_(*(jnp.arange(n) for n in (blocks, kv_heads, lists, 1)))[:3]
+        never = jnp.full((blocks, kv_heads, lists, state.history.capacity // config.group_size), rows)
+        first = never.at[*at, opened.pages].min(opened.since)
+        seen = first[:, :, :, None] <= jnp.arange(rows)[:, None]  # [B, K, R, Q, P]
+        by_head = jnp.repeat(seen.reshape(blocks, kv_heads * lists, rows, -1), heads // (kv_heads * lists), axis=1)
+        lead = start % config.chunk_size if rows > 1 else 0
+        return jax.lax.dynamic_slice_in_dim(by_head.swapaxes(1, 2).reshape(blocks * rows, heads, -1), lead, len(q))
+
+    return jax.vmap(one)(query, key, value)
 
 
 def _check(query, key, value, config, rope, rotation, query_start, lengths, implementation) -> None:

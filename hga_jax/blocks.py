@@ -342,6 +342,9 @@ def summarise_new(state: LayerState, start: Int[Array, ""], most: int, config: H
     """Bring the summaries up to date after at most `most` tokens were appended at `start`."""
     size, chunks = config.chunk_size, state.history.capacity // config.chunk_size
     first, end = start // size, -(-state.length // size)
+    if policy.summarise_pages is not None and on_cuda() and most > 1 and state.history.pages.dtype in (jnp.float32, jnp.bfloat16):
+        fresh = policy.summarise_pages(state.summaries, state.history.pages, first, end, min(-(-(most - 1) // size) + 1, chunks))
+        return replace(state, summaries=fresh)
     step = min(CHUNKS_AT_ONCE_CUDA if on_cuda() else CHUNKS_AT_ONCE, -(-(most - 1) // size) + 1, chunks)
 
     def one(i: Array, summaries: Any) -> Any:

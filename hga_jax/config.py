@@ -14,6 +14,7 @@ SUMMARIES = ("mixed_rope", "mean")
 # at 0.008 loses nothing; both fetch less than the paper policy.
 QUALITY = {"fast": 0.008 / 3, "balanced": 0.004 / 3, "best": 0.001 / 3}
 SCREEN_FROM = 8192  # tokens up to which a full scan is cheap
+DENSE_BELOW = 16384
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
 
 
@@ -39,9 +40,11 @@ class HGAConfig:
     page_capacity: sketch policy, the most routed pages of a kv head open at a time; further requests are refused, in query order.
     Decode kernels keep several lists a kv head, with room for as many pages twice over, and refuse when one is full.
     screening: sketch policy, how prefill finds pages. "off": every query scans the sketch of every token. "on": every screen_stride-th
-    query looks at each page's mean key plus screen_spread standard deviations; pages that reach screen_margin of the threshold are
-    candidates, and those whose sketches reach screen_threshold of the threshold are requested. "auto": on an NVIDIA GPU, in histories with
-    room for more than SCREEN_FROM tokens; off elsewhere. Decode always scans everything.
+    query looks at each page's mean key plus screen_spread standard deviations; pages that reach screen_margin of the threshold, as a share
+    of the windows' mass, are candidates, and those whose sketches reach screen_threshold of the threshold are requested. "auto": on an
+    NVIDIA GPU, in histories with room for more than SCREEN_FROM tokens; off elsewhere. Decode always scans everything.
+    dense_below: a prompt's first call of at most so many tokens attends to everything, which is faster there as well as exact; "auto": up
+    to the crossover measured on NVIDIA GPUs, 0 elsewhere.
     top_chunks, top_groups, summary: paper policy; `top_groups // 2` is what each single query requests.
     """
 
@@ -57,6 +60,7 @@ class HGAConfig:
     screen_spread: float = 1.0
     screen_margin: float = 1 / 16
     screen_threshold: float = 0.75
+    dense_below: int | Literal["auto"] = 0
     top_chunks: int = 16
     top_groups: int = 64
     summary: Literal["mixed_rope", "mean"] = "mixed_rope"
@@ -83,6 +87,8 @@ class HGAConfig:
                 f"screen_spread={self.screen_spread} must not be negative, screen_margin={self.screen_margin} must lie in (0, 1] and "
                 f"screen_threshold={self.screen_threshold} be positive"
             )
+        if self.dense_below != "auto" and (isinstance(self.dense_below, str) or self.dense_below < 0):
+            raise ValueError(f'dense_below={self.dense_below!r}: choose "auto" or a number of tokens')
         if self.top_chunks < 1 or self.top_groups < 2:
             raise ValueError(f"top_chunks={self.top_chunks} must be at least 1 and top_groups={self.top_groups} at least 2")
         if self.summary not in SUMMARIES:
@@ -95,6 +101,10 @@ class HGAConfig:
     def screened(self, room: int) -> bool:
         """Whether prefill by page lists screens, in a history with room for so many tokens."""
         return self.screening == "on" or (self.screening == "auto" and room > SCREEN_FROM)
+
+    def dense_up_to(self, fused: bool) -> int:
+        """Tokens of a prompt's first call up to which attention is dense; fused: whether cuDNN's attention takes its arrays."""
+        return (DENSE_BELOW if fused else 0) if self.dense_below == "auto" else self.dense_below
 
     def threshold_for(self, queries_per_kv_head: int) -> float:
         """The share of attention mass that opens a page when so many query heads share a kv head."""

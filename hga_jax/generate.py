@@ -2,6 +2,7 @@
 
 python -m hga_jax.generate --ctx 65536                                  a short demonstration on the built-in small model
 python -m hga_jax.generate --ctx 65536 --prompt-file report.txt         your own prompt (also --prompt TEXT, or piped in)
+python -m hga_jax.generate --session report --prompt "And why?"         goes on with a conversation stored by an earlier run
 python -m hga_jax.generate --model Qwen/Qwen3-0.6B --plan               the byte table, nothing is loaded
 """
 
@@ -37,6 +38,12 @@ def parser() -> argparse.ArgumentParser:
         "--quality", metavar="fast|balanced|best|TAU", help="sketch policy: how much attention mass opens a page (default balanced)"
     )
     p.add_argument("--kv-store", default="auto", metavar="auto|device|host|DIR", help="where the K/V history lives (default auto)")
+    p.add_argument(
+        "--host-memory", type=float, metavar="GIB", help="with --kv-store DIR: host memory for pages read from it (default a quarter)"
+    )
+    p.add_argument(
+        "--session", metavar="NAME", help="go on with, or begin, a conversation that is stored on disk after every run (in DIR, if given)"
+    )
     p.add_argument("--rope-scaling", default="auto", metavar="auto|none|yarn:F", help="beyond the native context (default auto: YaRN)")
     p.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the most likely token")
     p.add_argument("--top-p", type=float, default=1.0)
@@ -94,7 +101,8 @@ def run(options: argparse.Namespace) -> int:
     dtype = jnp.dtype(options.dtype) if options.dtype else default_dtype()
 
     def plan_for(config: Any, dtype: Any) -> Any:
-        return place_history(config, make_backend(options.attention, config, hga), options.ctx, dtype, options.kv_store)[1]
+        backend = make_backend(options.attention, config, hga)
+        return place_history(config, backend, options.ctx, dtype, options.kv_store, options.host_memory)[1]
 
     if options.plan:
         from convert import read_config
@@ -121,13 +129,23 @@ def run(options: argparse.Namespace) -> int:
             if done >= total:
                 bar.close()
 
-        result = model.generate(
-            prompt, max_new_tokens=options.max_new_tokens, temperature=options.temperature, top_p=options.top_p, top_k=options.top_k,
-            seed=options.seed, ctx=options.ctx, attention=options.attention, hga=hga, kv_store=options.kv_store,
-            rope_scaling=options.rope_scaling, chat=False if options.no_chat else None, stop=options.stop,
-            on_text=lambda text: print(text, end="", flush=True), on_prefill=on_prefill,
-            on_notice=lambda line: print(f"note: {line}", file=sys.stderr),
-        )  # fmt: skip
+        where = {
+            "ctx": options.ctx, "attention": options.attention, "hga": hga, "kv_store": options.kv_store,
+            "host_memory": options.host_memory, "rope_scaling": options.rope_scaling,
+            "on_notice": lambda line: print(f"note: {line}", file=sys.stderr),
+        }  # fmt: skip
+        how = {
+            "max_new_tokens": options.max_new_tokens, "temperature": options.temperature, "top_p": options.top_p, "top_k": options.top_k,
+            "seed": options.seed, "chat": False if options.no_chat else None, "stop": options.stop,
+            "on_text": lambda text: print(text, end="", flush=True), "on_prefill": on_prefill,
+        }  # fmt: skip
+        if options.session is None:
+            result = model.generate(prompt, **where, **how)
+        else:
+            from hga_jax.session.folder import session_path
+
+            with model.session(session_path(options.session, options.kv_store), **where) as session:
+                result = session.generate(prompt, **how)
     print()
     print(report(result), file=sys.stderr)
     if options.json:
@@ -176,15 +194,17 @@ def report(result: Any) -> str:
         return f"{prefill:.1%} in prefill" + (f", {decode:.1%} in decode" if decode is not None else "")
 
     rate = f"{result.decode_tokens_per_second:.1f} tokens/s" if result.decode_tokens_per_second else "too short to time"
+    stored = f"; {result.disk_history_bytes / mib:,.1f} MiB on disk" if result.disk_history_bytes else ""
+    reused = f" ({result.reused_tokens:,} reused)" if result.reused_tokens else ""
     rows = [
         ("model", f"{result.model}, attention {result.attention}, rope scaling {result.rope_scaling}"),
-        ("tokens", f"{result.prompt_tokens:,} prompt + {result.new_tokens:,} new (ended by {result.stopped_by})"),
+        ("tokens", f"{result.prompt_tokens:,} prompt{reused} + {result.new_tokens:,} new (ended by {result.stopped_by})"),
         ("attended", share(result.attended_fraction, result.decode_attended_fraction) + " of the causal keys"),
         ("fetched", share(result.fetched_fraction, result.decode_fetched_fraction) + " of the history, per query block and kv head"),
         *_selection_rows(result),
         ("prefill", f"{result.prefill_seconds:.1f} s, {result.prefill_tokens_per_second:,.0f} tokens/s"),
         ("decode", rate),
-        ("history", f"{result.history_bytes / mib:,.1f} MiB, tier {result.history_tier}"),
+        ("history", f"{result.history_bytes / mib:,.1f} MiB, tier {result.history_tier}{stored}"),
         ("memory", f"peak {result.device_peak_bytes / mib:,.0f} MiB on the device, {result.host_history_bytes / mib:,.0f} MiB on the host"),
     ]
     return "\n".join(["", *(f"{name:9} {text}" for name, text in rows)])

@@ -20,6 +20,8 @@ from hga_jax.text.streaming import TextStream
 
 if TYPE_CHECKING:
     from hga_jax.language_model import LanguageModel
+    from hga_jax.session.disk_tier import DiskTier
+    from hga_jax.session.recording import Recorder
 
 DISPATCH_SECONDS = 0.1  # a decode dispatch makes about as many tokens as this allows, so that text keeps flowing
 DISPATCH_ROOM = 32
@@ -52,17 +54,35 @@ class GenerateResult:
     host_history_bytes: int
     disk_history_bytes: int
     rope_scaling: str
+    reused_tokens: int = 0
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
 class Generation:
-    """One run of generate: the states, the clock and the counters."""
+    """One run of generate: the states, the clock and the counters.
+
+    start: layer states that hold the first tokens of `ids` already, and how many they hold. recorder: stores the history as it grows.
+    disk: where the history lies, when it is neither on the device nor in host memory. After `run`, `states` hold the K/V of the first
+    `held` tokens of ids + the result's tokens.
+    """
 
     def __init__(
-        self, model: LanguageModel, backend: AttentionBackend, ids: np.ndarray, ctx: int, sampling: Sampling, seed: int, stop: Sequence[str]
+        self,
+        model: LanguageModel,
+        backend: AttentionBackend,
+        ids: np.ndarray,
+        ctx: int,
+        sampling: Sampling,
+        seed: int,
+        stop: Sequence[str],
+        start: tuple[tuple[Any, ...], int] | None = None,
+        recorder: Recorder | None = None,
+        disk: DiskTier | None = None,
     ):
+        self.states, self.held = (None, 0) if start is None else start
+        self.recorder, self.disk = recorder, disk
         self.model, self.backend, self.ids, self.ctx, self.sampling = model, backend, ids, ctx, sampling
         self.key = jax.random.key(seed)
         self.stop_ids = sorted({*model.config.eos_token_ids, *(model.tokenizer.eos_ids if model.tokenizer else ())})
@@ -74,7 +94,13 @@ class Generation:
         self, max_new_tokens: int, tier: str, scaling_note: str, on_text: Callable | None, on_prefill: Callable | None
     ) -> GenerateResult:
         model, decoder = self.model, self.model.params
-        states = programs.new_states(decoder, self.backend, self.ctx, model.dtype)
+        reused = self.held
+        if reused:
+            states = self.states
+        elif self.disk is not None:
+            states = self.disk.new_states()
+        else:
+            states = programs.new_states(decoder, self.backend, self.ctx, model.dtype)
         history_bytes = sum(x.nbytes for path, x in jax.tree_util.tree_leaves_with_path(states) if purpose(path) == "history")
         begin = time.perf_counter()
         first, states, prefill_stats = self._prefill(states, on_prefill)
@@ -111,7 +137,7 @@ class Generation:
         return GenerateResult(
             model=model.name, attention=describe_attention(self.backend), prompt_tokens=len(self.ids), new_tokens=len(made),
             text="".join(text), tokens=made, stopped_by=stopped_by, prefill_seconds=prefill_seconds,
-            prefill_tokens_per_second=len(self.ids) / prefill_seconds,
+            prefill_tokens_per_second=(len(self.ids) - reused) / prefill_seconds,
             decode_tokens_per_second=decoded / decode_seconds if decode_seconds else None,
             attended_fraction=attended or 0.0, fetched_fraction=fetched or 0.0,
             decode_attended_fraction=decode_attended, decode_fetched_fraction=decode_fetched,
@@ -119,34 +145,67 @@ class Generation:
             refused_pages=float(prefill_stats.refused + decode_stats.refused),
             bank_hit_rate=bank_hit_rate(decode_stats), history_tier=tier, history_bytes=history_bytes, device_peak_bytes=peak_bytes(),
             host_history_bytes=history_bytes if tier == "host" else 0, disk_history_bytes=0, rope_scaling=scaling_note,
+            reused_tokens=reused,
         )  # fmt: skip
 
     def _prefill(self, states: tuple, on_prefill: Callable | None) -> tuple[int, tuple, Stats]:
         total = len(self.ids)
-        report = None if on_prefill is None else lambda done: on_prefill(done, total)
+        report = None if on_prefill is None else lambda done: on_prefill(self.held + done, total)
         stats = Stats.zero()
-        blocks = programs.prefill_blocks(self.model.params, self.ids, states, self.backend, on_layer=report)
-        for block in blocks:
-            stats = stats + block.stats
+        for end in self._prefill_ends():
+            settings = {} if self.recorder is None else self._recording()
+            for block in programs.prefill_blocks(
+                self.model.params, self.ids[self.held : end], states, self.backend, first=self.held, on_layer=report, **settings
+            ):
+                stats, states = stats + block.stats, block.states
+            self.held = end
+        self.states = states
         logits = programs.row_logits(self.model.params, block.x, jnp.int32(block.count - 1))
         token = int(programs.first_token(logits, self.sampling, self.key, jnp.int32(total - 1)))
-        return token, block.states, stats
+        return token, states, stats
+
+    def _prefill_ends(self) -> list[int]:
+        """Where prefill pauses: when it is recorded, once at the end of a stored block, so that later segments end with blocks."""
+        total, recorder = len(self.ids), self.recorder
+        if recorder is None or self.held % recorder.segment == 0:
+            return [total]
+        return sorted({min(self.held + recorder.room(self.held), total), total})
+
+    def _recording(self) -> dict[str, Any]:
+        """Settings of prefill that hand every layer's state to the recorder."""
+        recorder, segment = self.recorder, self.recorder.segment
+
+        def on_state(layer: int, first: int, count: int, state: Any, noted: Any) -> None:
+            positions = [min(first + done, first + count) for done in range(segment, count + segment, segment)]
+            recorder.prefilled(self.ids[: first + count], layer, first, state, positions, noted)
+
+        home = None if self.disk is None else self.disk.home
+        return {"segment": segment, "note": recorder.note, "on_state": on_state, "home": home}
 
     def _decode(self, token: int, states: tuple, budget: int) -> Iterator[tuple[list[int], Stats, float]]:
         """Yields (new tokens, stats, seconds). The first piece is the token that prefill gave."""
         yield [token], Stats.zero(), 0.0
-        position, made, step = len(self.ids), 1, 1
+        position, made, step, history = len(self.ids), 1, 1, self.ids
+        decode_tokens = programs.decode_tokens if self.disk is None else self.disk.decode_tokens
         stop_ids = jnp.asarray(self.stop_ids or [-1], jnp.int32)
         warm = False
         while made < budget and token not in self.stop_ids:
             begin = time.perf_counter()
-            out, count, states, stats = programs.decode_tokens(
-                self.model.params, jnp.int32(token), jnp.int32(position), states, jnp.int32(min(step, budget - made)), stop_ids,
-                self.sampling, self.key, backend=self.backend, room=DISPATCH_ROOM,
+            wanted = min(step, budget - made)
+            if self.recorder is not None:
+                wanted = min(wanted, self.recorder.room(position))
+            out, count, states, stats = decode_tokens(
+                self.model.params, jnp.int32(token), jnp.int32(position), states, jnp.int32(wanted), stop_ids, self.sampling,
+                self.key, backend=self.backend, room=DISPATCH_ROOM,
             )  # fmt: skip
             tokens = np.asarray(out)[: int(count)].tolist()
             seconds = time.perf_counter() - begin
+            fed = [token, *tokens[:-1]]
             token, position, made = tokens[-1], position + len(tokens), made + len(tokens)
+            self.states, self.held = states, position
+            history = np.append(history, np.asarray(fed, np.int32))
+            if self.recorder is not None:
+                self.recorder.decoded(history, states)
             yield tokens, stats, seconds if warm else 0.0  # the first dispatch may compile: it is not what a token costs
             if warm:
                 step = min(DISPATCH_ROOM, max(1, int(DISPATCH_SECONDS * len(tokens) / seconds)))

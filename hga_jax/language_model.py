@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from hga_jax import programs
 from hga_jax.attention import HGAAttention
 from hga_jax.backend import AttentionBackend, DenseAttention, Stats
+from hga_jax.cache.tiers import on_disk
 from hga_jax.config import HGAConfig, ModelConfig, RopeConfig
 from hga_jax.generation import GenerateResult, Generation
 from hga_jax.model import Decoder
@@ -22,6 +24,9 @@ from hga_jax.rope import resolve_rope
 from hga_jax.sampling import Sampling
 from hga_jax.text.chat import render_chat
 from hga_jax.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from hga_jax.session import Session
 
 
 @jax.tree_util.register_pytree_node_class
@@ -113,6 +118,7 @@ class LanguageModel:
         attention: str | AttentionBackend = "hga",
         hga: HGAConfig | None = None,
         kv_store: str = "auto",
+        host_memory: float | None = None,
         rope_scaling: str = "auto",
         chat: bool | None = None,
         stop: Sequence[str] = (),
@@ -124,8 +130,10 @@ class LanguageModel:
 
         prompt: text (wrapped in the checkpoint's chat template unless chat=False or it has none) or token ids (taken as they are).
         ctx: tokens there is room for, prompt and answer (default: just enough). rope_scaling: "auto" (YaRN with the factor needed, only
-        when prompt + max_new_tokens exceed the native context), "none", or "yarn:F". on_text gets final pieces of text as they come,
-        on_prefill (tokens done, of how many), on_notice one line when something noteworthy was decided.
+        when prompt + max_new_tokens exceed the native context), "none", or "yarn:F". kv_store: "auto", "device", "host", or a directory:
+        then the history lies there, and host_memory (GiB, default a quarter of what is free) bounds the memory for pages read from it.
+        on_text gets final pieces of text as they come, on_prefill (tokens done, of how many), on_notice one line when something noteworthy
+        was decided.
         Raises ValueError with one line that says what to do.
         """
         sampling = Sampling.checked(temperature, top_k, top_p)
@@ -142,13 +150,63 @@ class LanguageModel:
                 on_notice(scaling_note)
             return self.with_rope(rope).generate(
                 ids, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, ctx=ctx,
-                attention=attention, hga=hga, kv_store=kv_store, rope_scaling="as-is:" + scaling_note, stop=stop,
+                attention=attention, hga=hga, kv_store=kv_store, host_memory=host_memory, rope_scaling="as-is:" + scaling_note, stop=stop,
                 on_text=on_text, on_prefill=on_prefill, on_notice=on_notice,
             )  # fmt: skip
         backend = make_backend(attention, self.config, hga)
+        if on_disk(kv_store):
+            return self._generate_on_disk(
+                ids, Path(kv_store), scaling_note, {"ctx": ctx, "attention": attention, "hga": hga, "host_memory": host_memory},
+                {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed, "stop": stop,
+                 "on_text": on_text, "on_prefill": on_prefill},
+            )  # fmt: skip
         backend, plan = place_history(self.config, backend, ctx, self.dtype, kv_store)
         plan.check()
         return Generation(self, backend, ids, ctx, sampling, seed, stop).run(max_new_tokens, plan.tier, scaling_note, on_text, on_prefill)
+
+    def _generate_on_disk(
+        self, ids: np.ndarray, directory: Path, scaling_note: str, where: dict[str, Any], how: dict[str, Any]
+    ) -> GenerateResult:
+        """A run whose history lies below a directory and is removed when it ends: a session without a future."""
+        from hga_jax.session.folder import delete, passing_name
+
+        path = directory / passing_name()
+        try:
+            with self.session(path, kv_store=str(directory), rope_scaling="as-is:" + scaling_note, **where) as session:
+                return session.generate(ids, chat=False, **how)
+        finally:
+            if path.exists():
+                delete(path)
+
+    def session(
+        self,
+        path: str | Path,
+        *,
+        ctx: int | None = None,
+        attention: str | AttentionBackend = "hga",
+        hga: HGAConfig | None = None,
+        rope_scaling: str = "auto",
+        kv_store: str = "auto",
+        host_memory: float | None = None,
+        on_damage: str = "recompute",
+        on_notice: Callable[[str], None] | None = None,
+    ) -> Session:
+        """Begin or go on with the conversation stored in the folder `path`; its parent is the store whose sessions share equal beginnings.
+
+        ctx: tokens there is room for (default: grows as needed). on_damage: "recompute" what is stored after a damaged place, with a
+        notice, or "refuse". Other options as in `generate`. Raises ValueError when the session belongs to another model or other settings,
+        is in use by another process, or (refuse) is damaged.
+
+        >>> with model.session("sessions/report") as session:
+        ...     session.generate("Summarise this report: ...").text
+        ...     session.generate("And in one sentence?").text
+        """
+        from hga_jax.session import Session
+
+        return Session(
+            self, path, ctx=ctx, attention=attention, hga=hga, rope_scaling=rope_scaling, kv_store=kv_store, host_memory=host_memory,
+            on_damage=on_damage, on_notice=on_notice,
+        )  # fmt: skip
 
     def encode_prompt(self, prompt: str | Sequence[int] | np.ndarray, chat: bool | None = None) -> Int[np.ndarray, " T"]:
         """Token ids of a prompt, chat template applied to text when the checkpoint has one and chat is not False. Raises ValueError."""

@@ -16,8 +16,12 @@ from jaxtyping import Array, Float, Int
 from hga_jax.backend import AttentionBackend, Stats
 from hga_jax.config import ModelConfig
 from hga_jax.moe import expert_mlp
-from hga_jax.quantized import AbstractWeight, BlockScaled, matmul
-from hga_jax.rope import rotate
+from hga_jax.quantized import MAX_ROWS, AbstractWeight, BlockScaled, joined_matmul, matmul
+from hga_jax.rope import angles, rotate
+from pallas_kernels.host_rows import host_rows
+from pallas_kernels.moe_routing import moe_routing
+from pallas_kernels.normalise import Norm, rms_norm
+from pallas_kernels.rotate_heads import rotate_heads
 
 
 class Parameters:
@@ -26,28 +30,56 @@ class Parameters:
     def __init__(self, config: ModelConfig, dtype: Any, seed: int):
         self.config, self.dtype, self.key = config, dtype, jax.random.key(seed)
 
+    def weight(self, name: str, *shape: int) -> nnx.Param:
+        """A projection; `name` is the checkpoint's module name, by which FP8 checkpoints list what they left unquantised."""
+        if not self.config.is_fp8(name):
+            return self.plain(*shape)
+        block = self.config.fp8_block
+        blocks = (*shape[:-2], -(-shape[-2] // block[0]), -(-shape[-1] // block[1]))
+        return nnx.Param(self._block_scaled(shape, blocks))
+
+    def plain(self, *shape: int) -> nnx.Param:
+        """Embeddings, output head, router: never quantised."""
+        return nnx.Param(self._normal(shape))
+
+    def ones(self, size: int) -> nnx.Param:
+        return nnx.Param(self._full((size,), 1.0, self.dtype))
+
+    def bias(self, size: int, present: bool) -> nnx.Param | None:
+        return nnx.Param(self._full((size,), 0.0, self.dtype)) if present else None
+
     def _next_key(self) -> Array:
         self.key, key = jax.random.split(self.key)
         return key
 
-    def weight(self, name: str, *shape: int) -> nnx.Param:
-        """A projection; `name` is the checkpoint's module name, by which FP8 checkpoints list what they left unquantised."""
-        values = jax.random.normal(self._next_key(), shape, jnp.float32) / shape[-1] ** 0.5
-        if not self.config.is_fp8(name):
-            return nnx.Param(values.astype(self.dtype))
+    def _normal(self, shape: tuple[int, ...]) -> Any:
+        return (jax.random.normal(self._next_key(), shape, jnp.float32) / shape[-1] ** 0.5).astype(self.dtype)
+
+    def _block_scaled(self, shape: tuple[int, ...], blocks: tuple[int, ...]) -> BlockScaled:
+        """Codes of rms 112: those of a block reach 448, the largest there is."""
+        codes = jax.random.normal(self._next_key(), shape, jnp.float32) * (448 / 4)
+        scales = jnp.full(blocks, 4 / shape[-1] ** 0.5 / 448, jnp.float32)
+        return BlockScaled(codes.astype(jnp.float8_e4m3fn), scales, self.config.fp8_block)
+
+    def _full(self, shape: tuple[int, ...], value: float, dtype: Any) -> Any:
+        return jnp.full(shape, value, dtype)
+
+
+class Shapes(Parameters):
+    """Makes shapes in place of arrays. Tracing the random ones for their shapes takes seconds at 48 layers."""
+
+    def __init__(self, config: ModelConfig, dtype: Any):
+        self.config, self.dtype = config, jnp.dtype(dtype)
+
+    def _normal(self, shape: tuple[int, ...]) -> Any:
+        return jax.ShapeDtypeStruct(shape, self.dtype)
+
+    def _block_scaled(self, shape: tuple[int, ...], blocks: tuple[int, ...]) -> BlockScaled:
         block = self.config.fp8_block
-        scales = jnp.full((*shape[:-2], -(-shape[-2] // block[0]), -(-shape[-1] // block[1])), 4 / shape[-1] ** 0.5 / 448, jnp.float32)
-        return nnx.Param(BlockScaled((values * (448 / 4 * shape[-1] ** 0.5)).astype(jnp.float8_e4m3fn), scales, block))
+        return jax.eval_shape(lambda: BlockScaled(jnp.zeros(shape, jnp.float8_e4m3fn), jnp.zeros(blocks, jnp.float32), block))
 
-    def plain(self, *shape: int) -> nnx.Param:
-        """Embeddings, output head, router: never quantised."""
-        return nnx.Param((jax.random.normal(self._next_key(), shape, jnp.float32) / shape[-1] ** 0.5).astype(self.dtype))
-
-    def ones(self, size: int) -> nnx.Param:
-        return nnx.Param(jnp.ones((size,), self.dtype))
-
-    def bias(self, size: int, present: bool) -> nnx.Param | None:
-        return nnx.Param(jnp.zeros((size,), self.dtype)) if present else None
+    def _full(self, shape: tuple[int, ...], value: float, dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -55,11 +87,13 @@ class RMSNorm(nnx.Module):
         self.weight = make.ones(size)
         self.eps = make.config.rms_eps
 
+    @property
+    def norm(self) -> Norm:
+        """For a product that normalises its input itself."""
+        return Norm(self.weight.get_value(), self.eps)
+
     def __call__(self, x: Float[Array, "*T D"]) -> Float[Array, "*T D"]:
-        """Normalised in float32 and scaled in x's dtype, as the checkpoints were trained."""
-        wide = x.astype(jnp.float32)
-        normal = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return self.weight.get_value() * normal.astype(x.dtype)
+        return rms_norm(x, self.norm)
 
 
 class Linear(nnx.Module):
@@ -67,8 +101,9 @@ class Linear(nnx.Module):
         self.weight = make.weight(name, outputs, inputs)
         self.bias = make.bias(outputs, bias)
 
-    def __call__(self, x: Float[Array, "*T in"]) -> Float[Array, "*T out"]:
-        out = matmul(x, self.weight.get_value())
+    def __call__(self, x: Float[Array, "*T in"], residual: Float[Array, "*T out"] | None = None) -> Float[Array, "*T out"]:
+        """The product, plus `residual` if given."""
+        out = matmul(x, self.weight.get_value(), residual=residual)
         return out if self.bias is None else out + self.bias.get_value()
 
 
@@ -87,10 +122,19 @@ class Attention(nnx.Module):
         self.config = config
 
     def project(
-        self, x: Float[Array, "T D"], positions: Int[Array, " T"]
+        self, x: Float[Array, "T D"], norm: RMSNorm, positions: Int[Array, " T"]
     ) -> tuple[Float[Array, "T N H"], Float[Array, "T K H"], Float[Array, "T K H"]]:
-        """Queries and keys rotated to their positions, and values."""
+        """Queries and keys of the normalised x rotated to their positions, and values."""
         config = self.config
+        if x.shape[0] <= MAX_ROWS:  # decode: few launches
+            linears = (self.q, self.k, self.v)
+            joined = joined_matmul(x, [linear.weight.get_value() for linear in linears], norm=norm.norm)
+            if self.q.bias is not None:
+                joined = joined + jnp.concatenate([linear.bias.get_value() for linear in linears])
+            q_norm, k_norm = (None if head is None else head.norm for head in (self.q_norm, self.k_norm))
+            cos, sin = angles(positions, config.rope, config.head_dim)
+            return rotate_heads(joined, cos, sin, heads=config.heads, kv_heads=config.kv_heads, q_norm=q_norm, k_norm=k_norm)
+        x = norm(x)
         q = self.q(x).reshape(-1, config.heads, config.head_dim)
         k = self.k(x).reshape(-1, config.kv_heads, config.head_dim)
         v = self.v(x).reshape(-1, config.kv_heads, config.head_dim)
@@ -99,18 +143,20 @@ class Attention(nnx.Module):
         return rotate(q, positions, config.rope), rotate(k, positions, config.rope), v
 
     def prefill(
-        self, x: Float[Array, "T D"], first: Int[Array, ""], count: Int[Array, ""], state: Any, backend: AttentionBackend
+        self, x: Float[Array, "T D"], norm: RMSNorm, first: Int[Array, ""], count: Int[Array, ""], state: Any, backend: AttentionBackend
     ) -> tuple[Float[Array, "T D"], Any, Stats]:
-        q, k, v = self.project(x, first + jnp.arange(x.shape[0]))
+        """x plus attention of the normalised x."""
+        q, k, v = self.project(x, norm, first + jnp.arange(x.shape[0]))
         out, state, stats = backend.prefill(q, k, v, state, count)
-        return self.o(out.reshape(x.shape[0], -1)), state, stats
+        return self.o(out.reshape(x.shape[0], -1), x), state, stats
 
     def decode(
-        self, x: Float[Array, " D"], position: Int[Array, ""], state: Any, backend: AttentionBackend
+        self, x: Float[Array, " D"], norm: RMSNorm, position: Int[Array, ""], state: Any, backend: AttentionBackend
     ) -> tuple[Float[Array, " D"], Any, Stats]:
-        q, k, v = self.project(x[None], position[None])
+        """The same for one token."""
+        q, k, v = self.project(x[None], norm, position[None])
         out, state, stats = backend.decode(q[0], k[0], v[0], state, position)
-        return self.o(out.reshape(-1)), state, stats
+        return self.o(out.reshape(-1), x), state, stats
 
 
 class MLP(nnx.Module):
@@ -120,8 +166,10 @@ class MLP(nnx.Module):
         self.up = Linear(make, f"{name}.up_proj", config.hidden_size, config.mlp_size, config.mlp_bias)
         self.down = Linear(make, f"{name}.down_proj", config.mlp_size, config.hidden_size, config.mlp_bias)
 
-    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+    def __call__(self, x: Float[Array, "T D"], norm: RMSNorm) -> Float[Array, "T D"]:
+        """x plus the MLP of the normalised x."""
+        inner = norm(x)
+        return self.down(jax.nn.silu(self.gate(inner)) * self.up(inner), x)
 
 
 class MoE(nnx.Module):
@@ -136,13 +184,13 @@ class MoE(nnx.Module):
         self.down = make.weight(f"{name}.experts.0.down_proj", experts, width, size)
         self.config = config
 
-    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+    def __call__(self, x: Float[Array, "T D"], norm: RMSNorm) -> Float[Array, "T D"]:
+        """x plus the experts' mix for the normalised x."""
         config = self.config
-        scores = jnp.einsum("td,ed->te", x, self.router.get_value(), preferred_element_type=jnp.float32)
-        weights, ids = jax.lax.top_k(jax.nn.softmax(scores, axis=-1), config.experts_per_token)
-        if config.norm_topk_prob:
-            weights = weights / weights.sum(-1, keepdims=True)
-        return expert_mlp(x, ids, weights.astype(x.dtype), self.gate.get_value(), self.up.get_value(), self.down.get_value())
+        scores = matmul(x, self.router.get_value(), norm=norm.norm, out_dtype=jnp.float32)
+        ids, weights = moe_routing(scores, config.experts_per_token, renormalise=config.norm_topk_prob)
+        experts = (self.gate.get_value(), self.up.get_value(), self.down.get_value())
+        return expert_mlp(x, ids, weights.astype(x.dtype), *experts, norm=norm.norm, residual=x)
 
 
 class DecoderLayer(nnx.Module):
@@ -157,24 +205,22 @@ class DecoderLayer(nnx.Module):
         self, x: Float[Array, "T D"], first: Int[Array, ""], count: Int[Array, ""], state: Any, backend: AttentionBackend
     ) -> tuple[Float[Array, "T D"], Any, Stats]:
         """The layer over tokens at positions first, first+1, ...; rows from `count` on are padding."""
-        mixed, state, stats = self.attention.prefill(self.attention_norm(x), first, count, state, backend)
-        x = x + mixed
-        return x + self.mlp(self.mlp_norm(x)), state, stats
+        x, state, stats = self.attention.prefill(x, self.attention_norm, first, count, state, backend)
+        return self.mlp(x, self.mlp_norm), state, stats
 
     def decode(
         self, x: Float[Array, " D"], position: Int[Array, ""], state: Any, backend: AttentionBackend
     ) -> tuple[Float[Array, " D"], Any, Stats]:
         """The layer over one token."""
-        mixed, state, stats = self.attention.decode(self.attention_norm(x), position, state, backend)
-        x = x + mixed
-        return x + self.mlp(self.mlp_norm(x)[None])[0], state, stats
+        x, state, stats = self.attention.decode(x, self.attention_norm, position, state, backend)
+        return self.mlp(x[None], self.mlp_norm)[0], state, stats
 
 
 class Decoder(nnx.Module):
     """The whole network. `Decoder(config)` has random weights; `load_model` fills a checkpoint's in."""
 
-    def __init__(self, config: ModelConfig, dtype: Any = jnp.float32, seed: int = 0):
-        make = Parameters(config, dtype, seed)
+    def __init__(self, config: ModelConfig, dtype: Any = jnp.float32, seed: int = 0, *, make: Parameters | None = None):
+        make = make or Parameters(config, dtype, seed)
         self.config = config
         self.embedding = make.plain(config.vocab_size, config.hidden_size)
         self.layers = nnx.List([DecoderLayer(make, i) for i in range(config.layers)])
@@ -184,15 +230,17 @@ class Decoder(nnx.Module):
     @staticmethod
     def abstract(config: ModelConfig, dtype: Any = jnp.float32) -> Decoder:
         """The same tree with jax.ShapeDtypeStruct leaves: what a checkpoint must provide, and what the planner counts."""
-        return nnx.eval_shape(lambda: Decoder(config, dtype))
+        return Decoder(config, make=Shapes(config, dtype))
 
     def embed(self, tokens: Int[Array, " T"]) -> Float[Array, "T D"]:
-        return self.embedding.get_value()[tokens]
+        """Rows of the table, which the plan may have put into pinned host memory."""
+        table = self.embedding.get_value()
+        return host_rows(table, tokens) if jax.typeof(table).memory_space == jax.memory.Space.Host else table[tokens]
 
     def head(self, x: Float[Array, "*T D"]) -> Float[Array, "*T V"]:
         """Final norm and output head: float32 logits."""
         weight = self.embedding if self.lm_head is None else self.lm_head
-        return jnp.einsum("...d,vd->...v", self.final_norm(x), weight.get_value(), preferred_element_type=jnp.float32)
+        return matmul(x, weight.get_value(), norm=self.final_norm.norm, out_dtype=jnp.float32)
 
 
 def weight_leaves(decoder: Decoder) -> dict[str, AbstractWeight]:

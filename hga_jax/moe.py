@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 from hga_jax.quantized import BlockScaled, Weight, matmul, unusual_block
 from pallas_kernels import moe_decode, moe_prefill
 from pallas_kernels.dispatch import Implementation, choose
+from pallas_kernels.normalise import Norm, rms_norm
 
 BLOCK_ROWS = 32  # rows of one expert multiplied at a time in prefill; each expert wastes half of one on average
 
@@ -22,9 +23,12 @@ def expert_mlp(
     up: Weight,
     down: Weight,
     *,
+    norm: Norm | None = None,
+    residual: Float[Array, "T D"] | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "T D"]:
     """Mix of the chosen experts' outputs. gate, up [E, F, D]; down [E, D, F]; weights are what each expert's output counts.
+    norm: of x, before; residual: added to the result.
 
     implementation None: the decode kernels for a few tokens and the grouped matmuls for more, on a CUDA GPU with FP8 weights and bfloat16
     activations; plain XLA otherwise.
@@ -39,8 +43,12 @@ def expert_mlp(
     if implementation is None and not quantized:
         implementation = "xla"
     if choose("expert_mlp", implementation, reason) == "pallas":
-        return kernel.expert_mlp(x, ids, weights, values, scales)
-    return _expert_mlp_xla(x, ids, weights, gate, up, down)
+        if kernel is moe_decode:
+            return moe_decode.expert_mlp(x, ids, weights, values, scales, norm=norm, residual=residual)
+        out = moe_prefill.expert_mlp(x if norm is None else rms_norm(x, norm), ids, weights, values, scales)
+    else:
+        out = _expert_mlp_xla(x if norm is None else rms_norm(x, norm), ids, weights, gate, up, down)
+    return out if residual is None else residual + out
 
 
 def _expert_mlp_xla(

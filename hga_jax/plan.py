@@ -15,6 +15,7 @@ from hga_jax.backend import AttentionBackend
 from hga_jax.cache.tiers import choose_tier
 from hga_jax.config import ModelConfig
 from hga_jax.model import Decoder, weight_leaves
+from hga_jax.placement import on_host
 from hga_jax.programs import SEGMENT, SUPER_BLOCK, padded_size, segment_of
 
 GIB = 2**30
@@ -25,12 +26,14 @@ MAIN_MEMORY = "available main memory"
 class Plan:
     """Bytes by purpose, the memory they share and its limit (None: unknown).
 
+    host_weights: bytes of weights that lie in pinned host memory, outside the total.
     host: bytes of `history` that lie in host memory instead, and host_limit what there is of it; working: the device buffer that one
     layer's history passes through in prefill. Both 0 with the device tier.
     """
 
     ctx: int
     weights: int
+    host_weights: int
     history: int
     summaries: int
     windows: int
@@ -63,6 +66,8 @@ class Plan:
         lines += [f"{name:14}{getattr(self, name) / GIB:9.3f}  {note}".rstrip() for name, note in notes.items()]
         beside = f"; the history ({self.host / GIB:.3f}) is in host memory" if self.host else ""
         lines.append(f"{'total':14}{self.total / GIB:9.3f}  in {self.memory}{beside}")
+        if self.host_weights:
+            lines.append(f"{'embedding':14}{self.host_weights / GIB:9.3f}  in pinned host memory: a token reads one row")
         if self.limit is not None:
             lines.append(f"{'available':14}{self.limit / GIB:9.3f}")
         return "\n".join(lines)
@@ -101,29 +106,54 @@ class Plan:
 def make_plan(config: ModelConfig, backend: AttentionBackend, ctx: int, dtype: Any, device: jax.Device | None = None) -> Plan:
     """Count the bytes of a run of `ctx` tokens. Nothing is read or allocated."""
     device = device or jax.devices()[0]
-    weights = sum(_bytes(leaf) for leaf in weight_leaves(Decoder.abstract(config, dtype)).values())
+    leaves = {path: _bytes(leaf) for path, leaf in weight_leaves(Decoder.abstract(config, dtype)).items()}
+    host_weights = sum(size for path, size in leaves.items() if on_host(path, config, device))
+    weights = sum(leaves.values()) - host_weights
     state = jax.eval_shape(lambda: backend.init_state(ctx, config.kv_heads, config.head_dim, dtype))
     sizes = {"history": 0, "windows": 0, "bank": 0, "summaries": 0}
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         sizes[purpose(path)] += config.layers * _bytes(leaf)
     tier = tier_of(backend)
     working = sizes["history"] // config.layers if tier == "host" else 0
-    size, width = padded_size(ctx, SEGMENT, SUPER_BLOCK), jnp.dtype(dtype).itemsize
-    inner = max(config.mlp_size, config.expert_size * config.experts_per_token, config.heads * config.head_dim)
-    activations = 2 * size * config.hidden_size * width + segment_of(size) * inner * 4 * 4 + 2 * config.vocab_size * 4
+    activations = activation_bytes(config, ctx, jnp.dtype(dtype).itemsize)
     memory, limit = _memory(device)
     apart = tier == "host" and device.platform != "cpu"
     return Plan(
-        ctx, weights, **sizes, activations=activations, tier=tier, memory=memory, limit=limit, working=working,
+        ctx, weights, host_weights, **sizes, activations=activations, tier=tier, memory=memory, limit=limit, working=working,
         host=sizes["history"] if apart else 0, host_limit=_main_memory()[1] if apart else None,
     )  # fmt: skip
 
 
+def activation_bytes(config: ModelConfig, ctx: int, width: int) -> int:
+    """Bytes of prefill's temporaries, `width` bytes a value: the super-block's activations and the larger of a segment's two halves.
+
+    Attention: input, normalised input, float32 products of q, k, v, the same turned, outputs. Expert MLP: a row of F and one of D for each
+    token and chosen expert (see pallas_kernels.moe_prefill), input, normalised input, output. Beside them what routing reads of one layer.
+    """
+    size = padded_size(ctx, SEGMENT, SUPER_BLOCK)
+    tokens, hidden = segment_of(size), config.hidden_size
+    heads = (config.heads + 2 * config.kv_heads) * config.head_dim
+    attention = tokens * (2 * hidden * width + heads * (4 + 2 * width) + config.heads * config.head_dim * width)
+    mlp = tokens * (3 * hidden * width + 3 * config.mlp_size * width)
+    if config.experts:
+        mlp = tokens * (3 * hidden * width + config.experts_per_token * (config.expert_size + hidden) * 2)
+    routing = 2 * size * config.kv_heads * config.head_dim * width
+    return size * hidden * width + max(attention, mlp) + routing + 2 * config.vocab_size * 4
+
+
 def place_history(
-    config: ModelConfig, backend: AttentionBackend, ctx: int, dtype: Any, kv_store: str, device: jax.Device | None = None
+    config: ModelConfig,
+    backend: AttentionBackend,
+    ctx: int,
+    dtype: Any,
+    kv_store: str,
+    host_memory: float | None = None,
+    device: jax.Device | None = None,
 ) -> tuple[AttentionBackend, Plan]:
     """The backend with its history in the tier that `kv_store` asks for, and the plan of the run.
 
+    host_memory: GiB for the page cache of a history on disk (default: a quarter of what is free). For such a history the backend is the
+    one that prefill runs on the device, a layer at a time.
     Raises ValueError when the backend has no such tier; whether the plan fits is for the caller to check.
     """
     plan = make_plan(config, backend, ctx, dtype, device)
@@ -134,9 +164,26 @@ def place_history(
     if tier == tier_of(backend):
         return backend, plan
     if not movable:
-        raise ValueError(f"--kv-store {tier} needs attention hga: dense attention reads its whole history for every token")
+        raise ValueError(f"--kv-store {kv_store} needs attention hga: dense attention reads its whole history for every token")
+    if tier == "disk":
+        return replace(backend, tier="device", bank_pages=0), _plan_on_disk(config, backend, ctx, dtype, host_memory, device)
     backend = replace(backend, tier=tier)
     return backend, make_plan(config, backend, ctx, dtype, device)
+
+
+def _plan_on_disk(
+    config: ModelConfig, backend: HGAAttention, ctx: int, dtype: Any, host_memory: float | None, device: jax.Device | None
+) -> Plan:
+    """Of a history on disk, memory holds one layer at a time in prefill, and a page cache on the host."""
+    plan = make_plan(config, replace(backend, tier="host", bank_pages=0), ctx, dtype, device)
+    cache = min(page_cache_bytes(host_memory), plan.history)
+    on_cpu = plan.memory == MAIN_MEMORY
+    return replace(plan, tier="disk", history=cache, host=0 if on_cpu else cache, host_limit=None if on_cpu else _main_memory()[1])
+
+
+def page_cache_bytes(host_memory: float | None) -> int:
+    """Bytes of host memory for the pages of a history on disk, from GiB asked for."""
+    return round(host_memory * GIB) if host_memory is not None else (_main_memory()[1] or 16 * GIB) // 4
 
 
 def tier_of(backend: AttentionBackend) -> str:

@@ -14,10 +14,14 @@ from jaxtyping import Array, Float, Int
 from hga_jax.config import HGAConfig, RopeConfig
 from hga_jax.routing import Granted, grant_each, grant_remembered, request_by_threshold, request_top
 from hga_jax.sketches import KeySketches, built_in_rotation, key_sketches
-from hga_jax.summaries import key_sums
+from hga_jax.summaries import KeySums, key_sums
 from pallas_kernels.dispatch import Implementation
+from pallas_kernels.limits import power_of_two
 from pallas_kernels.sketch_prefill_routing import Rule, Screen, route
-from pallas_kernels.sketch_prefill_routing.keys import sketched_keys
+from pallas_kernels.sketch_prefill_routing.keys import page_keys
+from pallas_kernels.sketch_prefill_routing.sketches import sketch_pages
+
+SCORES_AT_ONCE = 64 * 2**20  # chunk scores held at once by `list_top`, in elements
 
 
 class PageLists(NamedTuple):
@@ -37,18 +41,21 @@ class PageLists(NamedTuple):
 
 class Policy(NamedTuple):
     """summarise: post-RoPE keys [K, whole chunks, H] -> summaries, any pytree that summaries.write understands.
+    summarise_pages: (summaries, pages of a device history, first chunk, end, most chunks) -> summaries with those of the chunks from first
+    to end made anew, as a kernel for NVIDIA GPUs; None: there is none.
     request: (query [K, B, G, Q, H] of B neighbouring chunks, live [B, Q], their chunks [B], summaries, log of the window scores' summed
     exponentials [K, B, G, Q]) -> what those queries ask for, any pytree; needs nothing of what was requested before.
     grant: (requests, b, chunk of block b, stamps) -> routing.Granted: the pages open to block b; called block by block.
     list_pages: (query [T, N, H], pages of a device history, summaries, stamps, first position, live queries, implementation) -> PageLists:
-    request and grant for all blocks at once; None: there is no such program.
+    request and grant for all blocks at once.
     remembers: whether requests outlive their block; then `grant` takes and returns a stamp a page.
     """
 
     summarise: Callable[[Float[Array, "K S H"]], Any]
+    summarise_pages: Callable[..., Any] | None
     request: Callable[..., Any]
     grant: Callable[..., Granted]
-    list_pages: Callable[..., PageLists] | None
+    list_pages: Callable[..., PageLists]
     remembers: bool
 
     def new_stamps(self, kv_heads: int, pages: int) -> Int[Array, "K P"] | None:
@@ -63,15 +70,68 @@ def policy_for(
     if config.policy == "paper":
         if config.summary == "mixed_rope" and rope is None:
             raise ValueError("summary='mixed_rope' needs rope=RopeConfig(theta=...): give the keys' rotation or choose summary='mean'")
-        return Policy(partial(key_sums, config=config, rope=rope), partial(request_top, config=config), grant_each, None, remembers=False)
+        return Policy(
+            partial(key_sums, config=config, rope=rope),
+            None,
+            partial(request_top, config=config),
+            grant_each,
+            partial(list_top, config=config),
+            remembers=False,
+        )
+    fits_kernels = power_of_two(config.chunk_size) and power_of_two(config.group_size) and config.chunk_size >= 16
     rotation = jnp.asarray(built_in_rotation(head_dim) if rotation is None else rotation, jnp.float32)
     return Policy(
         partial(key_sketches, chunk_size=config.chunk_size, rotation=rotation),
+        partial(sketch_new_pages, rotation=rotation) if fits_kernels else None,
         partial(request_by_threshold, config=config, rotation=rotation, scale=scale),
         partial(grant_remembered, capacity=config.page_capacity),
         partial(list_by_threshold, config=config, rotation=rotation, scale=scale),
         remembers=True,
     )
+
+
+def list_top(
+    query: Float[Array, "T N H"],
+    pages: Float[Array, "K P 2 g H"],
+    sums: KeySums,
+    stamps: None,
+    start: Int[Array, ""],
+    count: Int[Array, ""],
+    implementation: Implementation,
+    *,
+    config: HGAConfig,
+) -> PageLists:
+    """The paper policy's selections of all blocks of queries: plain XLA, as many blocks at once as there is room for their scores."""
+    (length, heads, width), (kv_heads, held), size = query.shape, pages.shape[:2], config.chunk_size
+    most = -(-(length - 1) // size) + 1
+    room = jnp.zeros((most * size, heads, width), query.dtype)
+    placed = lax.dynamic_update_slice_in_dim(room, query, start % size, 0)
+    blocks = placed.reshape(most, size, kv_heads, heads // kv_heads, width).transpose(2, 0, 3, 1, 4)
+    position = start // size * size + jnp.arange(most * size).reshape(most, size)
+    live = (position >= start) & (position < start + count)
+    at_once = min(most, max(SCORES_AT_ONCE // (heads * size * held // config.groups_per_chunk), 2))
+    found = request_top(blocks, live, position[:, 0] // size, sums, None, config=config, at_once=at_once)
+    counts = jnp.where(live.any(1), found.used, 0)
+    counts = jnp.broadcast_to(counts[None, :, None], (kv_heads, most, found.pages.shape[2]))
+    return PageLists(found.pages.swapaxes(0, 1), found.since.swapaxes(0, 1), counts, stamps, jnp.int32(0), jnp.float32(0))
+
+
+def sketch_new_pages(
+    sketches: KeySketches,
+    pages: Float[Array, "K P 2 g H"],
+    first_chunk: Int[Array, ""],
+    end_chunk: Int[Array, ""],
+    most: int,
+    *,
+    rotation: Float[Array, "H H"],
+) -> KeySketches:
+    """sketches.key_sketches of at most `most` chunks of a history, written into their place."""
+
+    @custom_batching.sequential_vmap
+    def run(pages: Array, *arrays: Array) -> tuple:
+        return sketch_pages(pages, *arrays[:3], rotation, *arrays[3:], most)
+
+    return KeySketches(*run(pages, sketches.means, sketches.codes, sketches.scales, first_chunk, end_chunk))
 
 
 def list_by_threshold(
@@ -96,9 +156,12 @@ def list_by_threshold(
 
     @custom_batching.sequential_vmap  # kernels take one sequence
     def run(query: Array, pages: Array, sketches: KeySketches, stamps: Array, start: Array, count: Array) -> tuple:
-        sketched = sketched_keys(sketches.means, sketches.codes, sketches.scales, rotation, config.group_size)
+        closed = (start + count) // config.chunk_size
+        keys = page_keys(
+            sketches.means, sketches.codes, sketches.scales, rotation, config.group_size, closed, implementation=implementation
+        )  # fmt: skip
         found = route(
-            query, pages, sketched, stamps, start, count, rule=rule, threshold=config.threshold_for(ratio), capacity=config.page_capacity,
+            query, pages, keys, stamps, start, count, rule=rule, threshold=config.threshold_for(ratio), capacity=config.page_capacity,
             screen=screen, implementation=implementation,
         )  # fmt: skip
         return tuple(found)

@@ -59,13 +59,44 @@ def prefill_layer(
     """Run the first `count` rows of x, tokens at positions first, first+1, ..., through one layer. S is a multiple of `segment`."""
 
     def step(i: Array, carry: tuple[Array, Any, Stats]) -> tuple[Array, Any, Stats]:
-        x, state, stats = carry
-        begin = i * segment
-        rows = lax.dynamic_slice_in_dim(x, begin, segment)
-        out, state, more = layer.prefill(rows, first + begin, jnp.minimum(count - begin, segment), state, backend)
-        return lax.dynamic_update_slice_in_dim(x, out, begin, 0), state, stats + more
+        return _prefill_segment(layer, i, first, count, carry, backend, segment)
 
     return lax.fori_loop(0, -(-count // segment), step, (x, state, stats))
+
+
+@partial(jax.jit, static_argnames=("backend", "segment", "note"), donate_argnames=("x", "state"))
+def prefill_noted_layer(
+    layer: DecoderLayer,
+    x: Float[Array, "S D"],
+    first: Int[Array, ""],
+    count: Int[Array, ""],
+    state: Any,
+    stats: Stats,
+    *,
+    backend: AttentionBackend,
+    segment: int,
+    note: Callable[[Any], Array],
+) -> tuple[Float[Array, "S D"], Any, Stats, Array]:
+    """`prefill_layer`, and what `note` says of the state after each segment, stacked: [S / segment, ...]."""
+    shape = jax.eval_shape(note, state)
+
+    def step(i: Array, carry: tuple[tuple[Array, Any, Stats], Array]) -> tuple[tuple[Array, Any, Stats], Array]:
+        done = _prefill_segment(layer, i, first, count, carry[0], backend, segment)
+        return done, carry[1].at[i].set(note(done[1]))
+
+    start = ((x, state, stats), jnp.zeros((x.shape[0] // segment, *shape.shape), shape.dtype))
+    done, noted = lax.fori_loop(0, -(-count // segment), step, start)
+    return *done, noted
+
+
+def _prefill_segment(
+    layer: DecoderLayer, i: Array, first: Array, count: Array, carry: tuple[Array, Any, Stats], backend: AttentionBackend, segment: int
+) -> tuple[Array, Any, Stats]:
+    x, state, stats = carry
+    begin = i * segment
+    rows = lax.dynamic_slice_in_dim(x, begin, segment)
+    out, state, more = layer.prefill(rows, first + begin, jnp.minimum(count - begin, segment), state, backend)
+    return lax.dynamic_update_slice_in_dim(x, out, begin, 0), state, stats + more
 
 
 @jax.jit
@@ -102,13 +133,18 @@ def prefill_blocks(
     segment: int | None = None,
     super_block: int = SUPER_BLOCK,
     on_layer: Callable[[float], None] | None = None,
+    note: Callable[[Any], Array] | None = None,
+    on_state: Callable[[int, int, int, Any, Array | None], None] | None = None,
+    home: Callable[[int], Any] | None = None,
 ) -> Iterator[SuperBlock]:
     """Run tokens (positions first, first+1, ...) through all layers, super-block by super-block.
 
-    The states passed in are consumed; those of the last block yielded replace them. segment None: as suits the machine. `on_layer` hears,
-    after every layer, how many tokens' worth of work is done.
+    The states passed in are consumed; those of the last block yielded replace them. segment None: as suits the machine.
+    `on_layer` hears, after every layer, how many tokens' worth of work is done. `on_state` hears (layer, first position, tokens, the
+    layer's state, what `note` said of it after every segment), and must copy what it wants to keep: the state's buffers live on. `home`:
+    for each layer, what loads and unloads its history instead of the backend, whose methods of those names it has.
     """
-    buffer = backend.prefill_buffer(states[0])
+    buffer = (backend if home is None else home(0)).prefill_buffer(states[0])
     for begin in range(0, len(tokens), super_block):
         part = np.asarray(tokens[begin : begin + super_block], np.int32)
         size = padded_size(len(part), segment or SEGMENT, super_block)
@@ -116,10 +152,16 @@ def prefill_blocks(
         stats, done = Stats.zero(), []
         for index, (layer, state) in enumerate(zip(decoder.layers, states, strict=True)):
             position, count = jnp.int32(first + begin), jnp.int32(len(part))
-            worked = backend.load(state, buffer, first + begin)
-            rows = segment or segment_of(size)
-            x, worked, stats = prefill_layer(layer, x, position, count, worked, stats, backend=backend, segment=rows)
-            state, buffer = backend.unload(state, worked, first + begin, first + begin + len(part), size)
+            keeper = backend if home is None else home(index)
+            worked = keeper.load(state, buffer, first + begin)
+            settings, noted = {"backend": backend, "segment": segment or segment_of(size)}, None
+            if note is None:
+                x, worked, stats = prefill_layer(layer, x, position, count, worked, stats, **settings)
+            else:
+                x, worked, stats, noted = prefill_noted_layer(layer, x, position, count, worked, stats, **settings, note=note)
+            if on_state is not None:
+                on_state(index, first + begin, len(part), worked, noted)
+            state, buffer = keeper.unload(state, worked, first + begin, first + begin + len(part), size)
             done.append(state)
             if on_layer is not None:
                 x.block_until_ready()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ from hga_jax.pytree import register
 from pallas_kernels import fp8_matvec
 from pallas_kernels.dispatch import Implementation, choose
 from pallas_kernels.fp8 import BLOCK
+from pallas_kernels.normalise import Norm, rms_norm
 
 
 @register
@@ -32,6 +35,7 @@ class BlockScaled:
         return BlockScaled(self.values[index], self.scales[index], self.block)
 
 
+MAX_ROWS = fp8_matvec.MAX_ROWS
 Weight = Array | BlockScaled
 # Leaves of an abstract decoder are shapes, or BlockScaled of shapes.
 AbstractWeight = Weight | jax.ShapeDtypeStruct
@@ -53,16 +57,45 @@ def dequantize(weight: Weight, dtype) -> Array:
     return (weight.values.astype(jnp.float32) * scales.astype(jnp.float32)).astype(dtype)
 
 
-def matmul(x: Float[Array, "*B in"], weight: Weight, *, implementation: Implementation | None = None) -> Float[Array, "*B out"]:
-    """x @ weight.T with weight [out, in], float32 accumulation, result in x's dtype.
+def matmul(
+    x: Float[Array, "*B in"],
+    weight: Weight,
+    *,
+    norm: Norm | None = None,
+    residual: Float[Array, "*B out"] | None = None,
+    out_dtype: Any = None,
+    implementation: Implementation | None = None,
+) -> Float[Array, "*B out"]:
+    """x @ weight.T with weight [out, in], float32 accumulation, result in x's dtype or `out_dtype`.
 
-    implementation None: the FP8 matvec kernel for a few rows (decode) on a CUDA GPU, plain XLA otherwise.
+    norm: of x, before; residual: added to the result. implementation None: the matvec kernel for one row (FP8: a few rows) on a CUDA GPU,
+    plain XLA otherwise.
     """
+    return joined_matmul(x, (weight,), norm=norm, residual=residual, out_dtype=out_dtype, implementation=implementation)
+
+
+def joined_matmul(
+    x: Float[Array, "*B in"],
+    weights: Sequence[Weight],
+    *,
+    norm: Norm | None = None,
+    residual: Float[Array, "*B total"] | None = None,
+    out_dtype: Any = None,
+    implementation: Implementation | None = None,
+) -> Float[Array, "*B total"]:
+    """The products of `matmul` with several weights, side by side; one launch where the matvec kernel runs."""
+    out_dtype = out_dtype or x.dtype
     rows = x.reshape(-1, x.shape[-1])
-    if isinstance(weight, BlockScaled) and (implementation == "pallas" or rows.shape[0] <= fp8_matvec.MAX_ROWS):
-        reason = unusual_block(weight) or fp8_matvec.unsupported(rows, weight.values, weight.scales)
+    pairs = [(weight.values, weight.scales) if isinstance(weight, BlockScaled) else (weight, None) for weight in weights]
+    few = MAX_ROWS if all(isinstance(weight, BlockScaled) for weight in weights) else 1
+    if implementation == "pallas" or rows.shape[0] <= few:
+        reason = unusual_block(*weights) or fp8_matvec.unsupported(rows, pairs)
         if choose("matmul", implementation, reason) == "pallas":
-            return fp8_matvec.matvec(rows, weight.values, weight.scales).reshape(*x.shape[:-1], -1)
-    elif implementation == "pallas":
-        raise NotImplementedError("matmul: the kernel is for FP8 weights; use implementation='xla'")
-    return jnp.einsum("...i,oi->...o", x, dequantize(weight, x.dtype), preferred_element_type=jnp.float32).astype(x.dtype)
+            added = None if residual is None else residual.reshape(rows.shape[0], -1)
+            out = fp8_matvec.matvecs(rows, pairs, norm=norm, residual=added, out_dtype=out_dtype)
+            return out.reshape(*x.shape[:-1], -1)
+    if norm is not None:
+        x = rms_norm(x, norm)
+    wide = [jnp.einsum("...i,oi->...o", x, dequantize(weight, x.dtype), preferred_element_type=jnp.float32) for weight in weights]
+    out = (wide[0] if len(wide) == 1 else jnp.concatenate(wide, axis=-1)).astype(out_dtype)
+    return out if residual is None else residual + out

@@ -47,11 +47,16 @@ def attention_factor(rope: RopeConfig) -> float:
     return rope.scaling.resolved_attention_factor() if isinstance(rope.scaling, YarnScaling) else 1.0
 
 
+def angles(positions: Int[Array, " T"], rope: RopeConfig, head_dim: int) -> tuple[Float[Array, "T half"], Float[Array, "T half"]]:
+    """Cosine and sine, float32, of each rotary pair's angle at each position."""
+    angle = positions[:, None].astype(jnp.float32) * jnp.asarray(frequencies(rope, head_dim), jnp.float32)
+    factor = attention_factor(rope)
+    return jnp.cos(angle) * factor, jnp.sin(angle) * factor
+
+
 def rotate(x: Float[Array, "*B T N H"], positions: Int[Array, " T"], rope: RopeConfig) -> Float[Array, "*B T N H"]:
     """Rotate queries or keys to their positions. Angles and the product are float32; the result has x's dtype."""
-    angle = positions[:, None].astype(jnp.float32) * jnp.asarray(frequencies(rope, x.shape[-1]), jnp.float32)
-    factor = attention_factor(rope)
-    cos, sin = (jnp.cos(angle) * factor)[:, None, :], (jnp.sin(angle) * factor)[:, None, :]
+    cos, sin = (part[:, None, :] for part in angles(positions, rope, x.shape[-1]))
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 

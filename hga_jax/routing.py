@@ -116,27 +116,34 @@ def request_top(
     live: Bool[Array, "B Q"],
     own_chunks: Int[Array, " B"],
     summaries: KeySums,
-    window_mass: Array,
+    window_mass: Array | None,
     *,
     config: HGAConfig,
+    at_once: int = 1,
 ) -> Selection:
     """The paper's rule: every query asks for its best chunks, then its best groups among those it sees; each block shares two cuts.
 
     Rows that are not live ask for nothing. One row alone is the paper's decode rule. Selections have a leading axis B. `window_mass` plays
-    no part. Source: arXiv 2606.30709.
+    no part. at_once: blocks that are worked on together, for machines on which launches are dear; then all score the whole history.
+    Source: arXiv 2606.30709.
     """
 
     def one(item: tuple[Array, Array, Array]) -> Selection:
         block, live, own_chunk = item
         block = block.astype(jnp.float32)
-        selected, since = _selected_chunks(block, live, own_chunk, summaries.chunks, config)
+        selected, since = _selected_chunks(block, live, own_chunk, summaries.chunks, config, ladder=at_once == 1)
         return _selected_groups(block, live, own_chunk, selected, since, summaries.groups, config)
 
-    return lax.map(one, (query.swapaxes(0, 1), live, own_chunks))
+    return lax.map(one, (query.swapaxes(0, 1), live, own_chunks), batch_size=None if at_once == 1 else at_once)
 
 
 def _selected_chunks(
-    query: Float[Array, "K G Q H"], live: Bool[Array, " Q"], own_chunk: Int[Array, ""], sums: Float[Array, "K chunks H"], config: HGAConfig
+    query: Float[Array, "K G Q H"],
+    live: Bool[Array, " Q"],
+    own_chunk: Int[Array, ""],
+    sums: Float[Array, "K chunks H"],
+    config: HGAConfig,
+    ladder: bool,
 ) -> tuple[Int[Array, "K G n"], Int[Array, "K G n"]]:
     """The chunks a block of queries selects, and the first row that sees each (Q: none)."""
     chunks, length = sums.shape[1], query.shape[2]
@@ -156,7 +163,7 @@ def _selected_chunks(
 
     # Early blocks of a long history score only three quarters, a half, three eighths, ... of it: sizes must be static.
     rungs, size = [chunks], chunks
-    while size // 2 >= max(SMALLEST_RUNG, count):
+    while ladder and size // 2 >= max(SMALLEST_RUNG, count):
         rungs = [-(-size // 2), -(-size * 3 // 4), *rungs]
         size = rungs[0]
     rung = jnp.sum(middle_end > jnp.array(rungs[:-1], jnp.int32))

@@ -16,7 +16,7 @@ def readable_checkpoint(folder: Path, family: str = "qwen3", chat_template: str 
     shutil.copytree(GOLDEN / family, target)
     tokenizer = Tokenizer(models.WordLevel(VOCABULARY, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.save(str(target / "tokenizer.json"))
     if chat_template is not None:
         (target / "tokenizer_config.json").write_text(json.dumps({"chat_template": chat_template}))

@@ -15,7 +15,7 @@ from convert.checking import array_targets
 from convert.load import open_source
 from convert.mapping import TABLE
 from convert.save import convert_checkpoint
-from convert.stream import make_units, stream_arrays
+from convert.stream import HostBuffers, make_units, stream_arrays
 from hga_jax.config import ModelConfig
 from hga_jax.language_model import LanguageModel
 from hga_jax.model import Decoder, weight_leaves
@@ -100,7 +100,7 @@ def test_host_buffers_used_again_hold_nothing_of_their_last_use():
         return host.copy(), True
 
     limit = sum(item.size * item.dtype.itemsize for item in targets.values()) // 3
-    copies = dict(stream_arrays(source, make_units(source, targets), put, host_bytes=limit))
+    copies = dict(stream_arrays(source, make_units(source, targets), put, buffers=HostBuffers(limit)))
     assert len(seen) < 0.8 * len(copies)  # some buffers did serve twice
     decoder, _ = load_decoder(GOLDEN / "qwen3_moe_fp8", dtype="bfloat16")
     for path, leaf in weight_leaves(decoder).items():

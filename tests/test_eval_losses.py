@@ -121,7 +121,7 @@ def test_missed_mass_equals_a_float64_count(model, config, skip):
     backend = model.backend("hga", config)
     layer = model.params.layers[0]
     x = model.params.embed(jnp.asarray(tokens))
-    query, key, value = (np.asarray(a, np.float64) for a in layer.attention.project(layer.attention_norm(x), jnp.arange(150)))
+    query, key, value = (np.asarray(a, np.float64) for a in layer.attention.project(x, layer.attention_norm, jnp.arange(150)))
     rotation = built_in_rotation(query.shape[-1])
     opened = reference_attention(query, key, value, config=config, rope=model.config.rope, rotation=rotation).opened
     heads, kv_heads = query.shape[1], key.shape[1]

@@ -10,10 +10,13 @@ import pytest
 from reference_cases import PAPER, ROPE, SKETCH, tensors
 
 from hga_jax.attention import hga_attention
+from hga_jax.blocks import attend_and_keep, new_state, summarise_new
+from hga_jax.cache import DeviceHistory
+from hga_jax.config import HGAConfig
+from hga_jax.gradients import routed_attention_gradient
+from hga_jax.policies import policy_for
 from hga_jax.reference import reference_attention
 from hga_jax.sketches import built_in_rotation
-
-QUICK = {"xla_backend_optimization_level": 0}  # every case is a program of its own: halves the time
 
 
 def loss_gradients(q, k, v, d_out, config, **more):
@@ -23,7 +26,7 @@ def loss_gradients(q, k, v, d_out, config, **more):
         out, stats = hga_attention(q[None], k[None], v[None], config=config, rope=ROPE, return_stats=True, **more)
         return jnp.sum(out[0].astype(jnp.float32) * d_out), stats.visible_keys[0]
 
-    return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True), compiler_options=QUICK)(q, k, v)
+    return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
 
 
 def masked_attention(q, k, v, visible):
@@ -100,6 +103,25 @@ def test_full_coverage_has_dense_gradients(change, dtype, tolerance):
         np.testing.assert_allclose(ours.astype(jnp.float32), theirs, atol=tolerance * np.abs(theirs).max())
 
 
+@pytest.mark.parametrize("name", ["interpret", pytest.param("pallas", marks=pytest.mark.gpu)])
+def test_kernels_give_what_xla_gives(name):
+    """The gradient in the two forms, for queries that start and end inside chunks."""
+    config = HGAConfig(sink_chunks=1, local_chunks=1, threshold=0.1)
+    q, k, v = (jnp.asarray(x) for x in tensors(290, heads=2, kv_heads=1))
+    q, start, count = q[70:], jnp.int32(70), jnp.int32(215)
+    policy = policy_for(config, None, 16, 0.25)
+    history = DeviceHistory.holding(k, v, 16, 320)
+    state = summarise_new(new_state(history, k.dtype, config, policy), jnp.int32(0), 320, config, policy)
+    out, _, _, _, opened = jax.jit(lambda *x: attend_and_keep(*x, config, policy, 0.25))(q, start, count, state)
+    in_use = jnp.arange(opened.since.shape[-1]) < opened.counts[:, None, None, None]
+    assert 0 < jnp.sum(in_use & (opened.since < 64)) < 12  # some of the pages between the windows are opened, and some are not
+    d_out = jnp.asarray(np.random.default_rng(1).standard_normal(q.shape), jnp.float32)
+    arrays = (d_out, out, q, k, v, start, count, opened)
+    gradients, expected = (jax.jit(lambda *x, by=by: routed_attention_gradient(*x, config, 0.25, by))(*arrays) for by in (name, "xla"))
+    for ours, theirs in zip(gradients, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.abs(theirs).max())
+
+
 def test_padding_under_checkpoint():
     """A sequence beside a longer one has the gradients it has alone, recomputed or not; its padding has none."""
     sequences = [tensors(40, seed=seed) for seed in (0, 1)]
@@ -111,8 +133,8 @@ def test_padding_under_checkpoint():
         return out, *pull(d_out)
 
     together = jax.checkpoint(lambda *x: hga_attention(*x, config=SKETCH, key_value_seq_lengths=lengths))
-    ours = jax.jit(partial(pulled, together), compiler_options=QUICK)(q, k, v, d_out=d_out)
-    alone = jax.jit(partial(pulled, partial(hga_attention, config=SKETCH)), compiler_options=QUICK)
+    ours = jax.jit(partial(pulled, together))(q, k, v, d_out=d_out)
+    alone = jax.jit(partial(pulled, partial(hga_attention, config=SKETCH)))
     for mine, theirs in zip(ours, alone(*(x[1:, :23] for x in (q, k, v)), d_out=d_out[1:, :23]), strict=True):
         np.testing.assert_allclose(mine[1, :23], theirs[0], atol=1e-5)
         assert not np.any(mine[1, 23:])

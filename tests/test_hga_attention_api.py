@@ -7,12 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from reference_cases import PAPER, ROPE, SKETCH
+from reference_cases import tensors as structured
 
-from hga_jax.attention import HGAAttention, hga_attention
+from hga_jax.attention import HGAAttention, hga_attention, opened_pages
 from hga_jax.backend import DenseAttention
-from hga_jax.config import HGAConfig, RopeConfig
+from hga_jax.config import HGAConfig
+from hga_jax.reference import reference_attention
+from hga_jax.sketches import built_in_rotation
 
-ROPE = RopeConfig(10000.0)
 CONFIG = HGAConfig(chunk_size=16, group_size=4, sink_chunks=1, local_chunks=1, policy="paper", top_chunks=2, top_groups=6)
 
 
@@ -89,7 +92,7 @@ def test_each_sequence_at_its_own_position():
     """A decode step of somebody else's batch: one query each, at different positions of caches that have room for more."""
     q, k, v = tensors(tokens=64)
 
-    @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    @jax.jit
     def run(q, k, v, start):
         return hga_attention(q, k, v, config=CONFIG, rope=ROPE, query_start=start)
 
@@ -97,6 +100,16 @@ def test_each_sequence_at_its_own_position():
     np.testing.assert_allclose(out[0], run(q[:1, :1], k[:1], v[:1], jnp.int32(63))[0], atol=1e-6)
     shorter = (jnp.where(jnp.arange(64)[:, None, None] < 31, x[1:], 9) for x in (k, v))
     np.testing.assert_allclose(out[1], run(q[1:, :1], *shorter, jnp.int32(30))[0], atol=1e-6)
+
+
+@pytest.mark.parametrize(("config", "start"), [(PAPER, 0), (SKETCH, 37)], ids=["paper", "sketch"])
+def test_opened_pages_are_the_oracles(config, start):
+    q, k, v = structured(100)
+    expected = reference_attention(q[start:], k, v, config=config, rope=ROPE, rotation=built_in_rotation(16), query_start=start).opened
+    pages = jax.jit(partial(opened_pages, config=config, rope=ROPE, query_start=start))(q[None, start:], k[None], v[None])[0]
+    np.testing.assert_array_equal(pages[..., : expected.shape[-1]], expected)
+    assert not np.any(pages[..., expected.shape[-1] :])
+    assert 0 < expected.mean() < 0.5
 
 
 def test_statistics_count_what_was_seen():
@@ -149,7 +162,7 @@ def test_dense_backend_agrees_when_windows_cover_everything():
         ({"query_start": jnp.zeros(3, jnp.int32)}, "query_start has shape \\(3,\\): one number, or \\[2\\] of them, is needed"),
         ({"key_value_seq_lengths": np.zeros(3, np.int32)}, "key_value_seq_lengths is int32\\[3\\]: integers of shape \\[2\\] are needed"),
         ({"rope": None}, "summary='mixed_rope' needs rope=RopeConfig"),
-        ({"implementation": "triton"}, "implementation='triton': choose None or \"xla\""),
+        ({"implementation": "triton"}, 'implementation=\'triton\': choose None, "pallas" or "xla"'),
     ],
     ids=lambda x: str(x) if isinstance(x, dict) else "",
 )
@@ -163,8 +176,8 @@ def test_wrong_arguments(change, message):
 
 def test_kernels_asked_for_by_name_are_refused_where_they_cannot_run():
     q, k, v = tensors()
-    with pytest.raises(NotImplementedError, match="paper policy has no kernels"):
-        hga_attention(q, k, v, config=CONFIG, rope=ROPE, implementation="pallas")
+    with pytest.raises(NotImplementedError, match="powers of two"):
+        hga_attention(q, k, v, config=replace(CONFIG, chunk_size=12), rope=ROPE, implementation="pallas")
     if jax.default_backend() != "gpu":
         with pytest.raises(NotImplementedError, match="needs a CUDA GPU"):
-            hga_attention(q, k, v, config=replace(CONFIG, policy="sketch"), implementation="pallas")
+            hga_attention(q, k, v, config=CONFIG, rope=ROPE, implementation="pallas")

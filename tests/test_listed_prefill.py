@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_goldens import PAPER, TOLERANCE, load
 
 from hga_jax.attention import HGAAttention
 from hga_jax.blocks import attend, summarise_new
@@ -81,14 +82,64 @@ def test_kernels_on_a_gpu():
         compare(*both(replace(CONFIG, page_capacity=5), [(200, 200)], implementation="pallas"))
 
 
-def test_screening_opens_nearly_the_same_pages():
-    """Every query probes and every page is a candidate: the full scan, but for its estimate of the total mass."""
-    loose = replace(CONFIG, screening="on", screen_stride=1, screen_margin=1e-6, screen_threshold=1.0)
-    q, k, v = tensors(200)
-    seen = []
-    for config in (CONFIG, loose):
-        backend = HGAAttention(config)
-        out, _, stats = jax.jit(backend.prefill)(q, k, v, backend.init_state(200, 2, 16, jnp.float32), jnp.int32(200))
-        seen.append(float(stats.attended))
-        assert np.all(np.isfinite(out))
-    assert abs(seen[1] / seen[0] - 1) < 0.1
+def paper_golden(name, implementation):
+    """Outputs and visible keys of a stored case by page lists, and as the authors' code has them."""
+    data, meta, config, rope = load(name, "paper")
+    q, k, v = (jnp.asarray(data[x][: meta["seq"]]) for x in "qkv")
+    backend, scale = HGAAttention(config, rope), q.shape[2] ** -0.5
+    policy = policy_for(config, rope, q.shape[2], scale)
+
+    @jax.jit
+    def run(q, k, v, state):
+        count = jnp.int32(len(q))
+        state = summarise_new(replace(state, history=state.history.append(k, v, count)), jnp.int32(0), len(q), config, policy)
+        return attend_listed(q, jnp.int32(0), count, state, config, policy, scale, implementation)[:2]
+
+    out, visible = run(q, k, v, backend.init_state(len(q), *k.shape[1:], jnp.float32))
+    np.testing.assert_array_equal(visible, data["prefill_visible_keys"])
+    np.testing.assert_allclose(out, data["prefill_out"], atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["gqa_sinks_local"])
+def test_paper_policy_by_page_lists_gives_the_goldens(name):
+    paper_golden(name, "xla")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", PAPER[:-1])
+def test_paper_policy_through_the_kernels_gives_the_goldens(name):
+    with jax.default_matmul_precision("highest"):
+        paper_golden(name, "pallas")
+
+
+@pytest.mark.parametrize("implementation", ["xla", pytest.param("pallas", marks=pytest.mark.gpu)])
+def test_sketch_policy_by_page_lists_gives_the_golden(implementation):
+    data, _, config, _ = load("sketch_small_pages", "sketch")
+    q, k, v = (jnp.asarray(data[x]) for x in "qkv")
+    policy = policy_for(config, None, q.shape[2], q.shape[2] ** -0.5, data["rotation"])
+
+    @jax.jit
+    def run(q, k, v, state):
+        count = jnp.int32(len(q))
+        state = summarise_new(replace(state, history=state.history.append(k, v, count)), jnp.int32(0), len(q), config, policy)
+        return attend_listed(q, jnp.int32(0), count, state, config, policy, q.shape[2] ** -0.5, implementation)[:2]
+
+    with jax.default_matmul_precision("highest"):
+        out, visible = run(q, k, v, HGAAttention(config).init_state(len(q), *k.shape[1:], jnp.float32))
+    np.testing.assert_array_equal(visible, data["visible_keys"])
+    np.testing.assert_allclose(out, data["out"], atol=TOLERANCE)
+
+
+def test_short_prompts_can_attend_densely():
+    """The first call sees everything; what follows is routed."""
+    q, k, v = tensors(160)
+    backend = HGAAttention(replace(CONFIG, dense_below=128))
+    run, state = jax.jit(backend.prefill), backend.init_state(256, 2, 16, jnp.float32)
+    out, state, stats = run(*(x[:128] for x in (q, k, v)), state, jnp.int32(120))
+    expected = jax.nn.dot_product_attention(q[None, :120], k[None, :120], v[None, :120], is_causal=True)[0]
+    np.testing.assert_allclose(out[:120], expected, atol=1e-5)
+    assert not np.any(out[120:])
+    assert stats.attended == stats.queries == 120
+    later, _, stats = run(*(jnp.pad(x[120:], ((0, 88), (0, 0), (0, 0))) for x in (q, k, v)), state, jnp.int32(40))
+    assert np.all(np.isfinite(later))
+    assert 10 < stats.attended < 40

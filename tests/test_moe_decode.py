@@ -10,6 +10,7 @@ import pytest
 from pallas_kernels import fp8_matvec, moe_decode
 from pallas_kernels.fp8_matvec import reference as matvec_reference
 from pallas_kernels.moe_decode import reference
+from pallas_kernels.normalise import Norm
 
 MODES = [pytest.param(True, id="interpret"), pytest.param(False, id="native", marks=pytest.mark.gpu)]
 
@@ -40,10 +41,38 @@ def test_matvec(tokens, outputs, inputs, fp8, interpret):
     configs = [fp8_matvec.Config(rows=8, columns=256)]
     if fp8:
         bits = fp8_matvec.Config(rows=16, columns=512, in_flight=1, conversion="bits")
-        configs += [bits, fp8_matvec.Config(rows=4, columns=128, splits=2)]
+        configs += [bits, fp8_matvec.Config(rows=4, columns=128)]
     for config in configs:
         out = fp8_matvec.matvec(x, values, scales, out_dtype=jnp.float32, config=config, interpret=interpret)
         assert relative(out, expected) < 1e-6  # products are exact in float32: what is left is the order of float32 additions
+
+
+def normalised(x, norm):
+    wide = np.asarray(x).astype(np.float64)
+    return wide / np.sqrt(np.mean(wide**2, axis=1, keepdims=True) + norm.eps) * np.asarray(norm.weight, np.float64)
+
+
+@pytest.mark.parametrize("interpret", MODES)
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("fp8", [True, False])
+def test_several_matvecs_in_one_launch(tokens, fp8, interpret):
+    """With the normalisation before and the residual after."""
+    rng = np.random.default_rng(5)
+    x = jnp.asarray(rng.standard_normal((tokens, 176)), jnp.float32)
+    weights = [block_scaled(rng, outputs, 176) if fp8 else (jnp.asarray(rng.standard_normal((outputs, 176)), jnp.float32), None)
+               for outputs in (136, 37, 8)]  # fmt: skip
+    norm, residual = (
+        Norm(jnp.asarray(rng.uniform(0.5, 2, 176), jnp.float32), 1e-6),
+        jnp.asarray(rng.standard_normal((tokens, 181)), jnp.float32),
+    )
+    config = fp8_matvec.Config(rows=8, columns=128)
+    expected = np.concatenate([matvec_reference.matvec(x, *weight) for weight in weights], axis=1)
+    assert relative(fp8_matvec.matvecs(x, weights, config=config, interpret=interpret), expected) < 1e-6
+    out = fp8_matvec.matvecs(x, weights, residual=residual, config=config, interpret=interpret)
+    assert relative(out, expected + np.asarray(residual)) < 1e-6
+    expected = np.concatenate([matvec_reference.matvec(normalised(x, norm), *weight) for weight in weights], axis=1)
+    out = fp8_matvec.matvecs(x, weights, norm=norm, residual=residual, config=config, interpret=interpret)
+    assert relative(out, expected + np.asarray(residual)) < 1e-6
 
 
 @pytest.mark.parametrize("interpret", MODES)
@@ -74,6 +103,10 @@ def test_expert_mlp(tokens, experts, choices, size, width, fp8, interpret):
     ):
         out = moe_decode.expert_mlp(x, ids, weights, values, scales, config=config, interpret=interpret)
         assert relative(out, expected) < 2e-6  # float32 throughout
+    norm = Norm(jnp.asarray(rng.uniform(0.5, 2, width), jnp.float32), 1e-6)
+    expected = reference.expert_mlp(normalised(x, norm), np.asarray(ids), np.asarray(weights), *wide) + np.asarray(x, np.float64)
+    out = moe_decode.expert_mlp(x, ids, weights, values, scales, norm=norm, residual=x, config=config, interpret=interpret)
+    assert relative(out, expected) < 2e-6
 
 
 def test_conversions_agree_on_every_value():

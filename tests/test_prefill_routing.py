@@ -1,17 +1,20 @@
 """Prefill routing: kernels and XLA decide what float64 numpy decides, and nothing depends on a later query."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.sketch_prefill_routing import Config, Rule, Screen, route
-from pallas_kernels.sketch_prefill_routing.keys import page_statistics, sketched_keys
+from pallas_kernels.sketch_prefill_routing import Config, Rule, Screen, Tile, route
+from pallas_kernels.sketch_prefill_routing.keys import PageKeys, page_statistics, sketched_keys
 from pallas_kernels.sketch_prefill_routing.reference import reference_route
+from pallas_kernels.sketch_prefill_routing.sketches import sketch_pages, unsketch
 from pallas_kernels.sketch_routing import sketch_chunks
 
 RUNS = ["xla", "interpret", pytest.param("native", marks=pytest.mark.gpu)]
-SMALL = Config(rows=16, pages=16, list_pages=16)
+SMALL = Config(rows=16, means=Tile(16, 4, 1), tokens=Tile(16, 4, 1), list_pages=16)
 CHUNK, GROUP = 16, 4
 
 
@@ -53,10 +56,15 @@ def listed(lists, kv_heads, first, count):
     return visible
 
 
+@functools.cache
+def program(run, head_dim, screen, capacity, threshold):
+    rules = {"rule": rule_of(head_dim), "threshold": threshold, "capacity": capacity, "screen": screen}
+    return jax.jit(lambda q, p, s, st, f, c: route(q, p, PageKeys(s, *page_statistics(s)), st, f, c, **rules, **settings(run)))
+
+
 def run_route(run, data, first, count, stamps, screen=None, capacity=64, threshold=0.03):
     query, _, sketched, pages = data
-    rules = {"rule": rule_of(query.shape[2]), "threshold": threshold, "capacity": capacity, "screen": screen}
-    call = jax.jit(lambda q, p, s, st, f, c: route(q, p, s, st, f, c, **rules, **settings(run)))
+    call = program(run, query.shape[2], screen, capacity, threshold)
     return call(jnp.asarray(query), pages, sketched, jnp.asarray(stamps), jnp.int32(first), jnp.int32(count))
 
 
@@ -90,32 +98,29 @@ def test_whole_prompt_from_the_start(run, screen):
     assert 0 < np.mean([len(pages) for pages in expected[0].values()]) < 20
 
 
-@pytest.mark.parametrize("run", RUNS)
-@pytest.mark.parametrize("screen", [None, Screen(stride=2, spread=1.0, margin=0.5)])
-def test_call_that_starts_inside_a_chunk_with_requests_remembered(run, screen):
+@pytest.mark.parametrize("run", RUNS[1:])
+def test_call_that_starts_inside_a_chunk_with_requests_remembered(run):
     data = problem(128, 40, heads=3, kv_heads=1, head_dim=24, seed=1)
     stamps = never(data)
     stamps[0, [5, 7, 9]] = [4, 3, 5]  # chunk 5 is the first of this call: the request in chunk 3 is forgotten
-    check(run, data, 5 * CHUNK + 3, 40, stamps, screen)
+    check(run, data, 5 * CHUNK + 3, 40, stamps, Screen(stride=2, spread=1.0, margin=0.5))
 
 
-@pytest.mark.parametrize("run", RUNS)
-@pytest.mark.parametrize("screen", [None, Screen(stride=2, spread=1.5, margin=0.3, capacity=5)])
-def test_requests_beyond_the_capacity_are_refused_in_order(run, screen):
+@pytest.mark.parametrize("run", RUNS[1:])
+def test_requests_beyond_the_capacity_are_refused_in_order(run):
     data = problem(160, 150, seed=2)
-    _, refused = check(run, data, 0, 150, never(data), screen, capacity=4)
+    _, refused = check(run, data, 0, 150, never(data), Screen(stride=2, spread=1.5, margin=0.3, capacity=5), capacity=4)
     assert refused > 0
 
 
-@pytest.mark.parametrize("run", ["xla", "interpret"])
 @pytest.mark.parametrize("screen", [None, Screen(stride=4, spread=1.5, margin=0.3)])
-def test_no_query_sees_what_only_a_later_one_asked_for(run, screen):
+def test_no_query_sees_what_only_a_later_one_asked_for(screen):
     """Other queries from position 101 on leave what all before them see unchanged."""
     data = problem(160, 150, seed=3)
-    before = listed(run_route(run, data, 0, 150, never(data), screen), 2, 0, 101)
+    before = listed(run_route("xla", data, 0, 150, never(data), screen), 2, 0, 101)
     query = data[0].copy()
     query[101:] = np.random.default_rng(9).standard_normal(query[101:].shape) * 3
-    after = listed(run_route(run, (query, *data[1:]), 0, 150, never(data), screen), 2, 0, 101)
+    after = listed(run_route("xla", (query, *data[1:]), 0, 150, never(data), screen), 2, 0, 101)
     assert before == after
 
 
@@ -134,3 +139,30 @@ def test_sketched_keys_are_what_the_sketches_say():
     parts = made.reshape(2, -1, GROUP, 24)
     np.testing.assert_allclose(mean[:, 0], parts.mean(2), atol=1e-5)
     np.testing.assert_allclose(spread, np.sqrt(parts.var(2).mean(-1)), rtol=1e-4)
+
+
+@pytest.mark.parametrize("interpret", [True, pytest.param(False, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(("head_dim", "dtype"), [(24, np.float32), (80, jnp.bfloat16)])
+def test_sketch_kernels(interpret, head_dim, dtype):
+    rng = np.random.default_rng(0)
+    keys = jnp.asarray(rng.standard_normal((2, 96, head_dim)) + 1, dtype)
+    rotation = jnp.asarray(np.linalg.qr(rng.standard_normal((head_dim, head_dim)))[0], jnp.float32)
+    pages = jnp.stack([keys, keys * 0], axis=1).reshape(2, 2, -1, GROUP, head_dim).swapaxes(1, 2)
+    means, codes, scales = (x if x.dtype == jnp.uint8 else x.astype(dtype) for x in sketch_chunks(keys, rotation, CHUNK))
+    blank = tuple(jnp.full_like(x, 3) for x in (means, codes, scales))
+    made = sketch_pages(pages, *blank, rotation, jnp.int32(1), jnp.int32(5), 6, interpret=interpret)
+    for new, expected in zip(made, (means, codes, scales), strict=True):
+        per_chunk = expected.shape[1] // 6
+        touched = slice(per_chunk, 5 * per_chunk)
+        np.testing.assert_array_equal(new[:, :per_chunk], 3)
+        np.testing.assert_array_equal(new[:, 5 * per_chunk :], 3)
+        if expected.dtype == jnp.uint8:  # a coordinate on a threshold may fall on either side
+            assert np.mean(np.asarray(new[:, touched]) != np.asarray(expected[:, touched])) < (0 if dtype == np.float32 else 0.02) + 1e-9
+        else:
+            wide = (np.asarray(x[:, touched], np.float32) for x in (new, expected))
+            np.testing.assert_allclose(*wide, rtol=1e-5 if dtype == np.float32 else 2e-2, atol=1e-5)
+    sketched = sketched_keys(means, codes, scales, rotation, GROUP)
+    expected = (sketched, *page_statistics(sketched))
+    for new, old in zip(unsketch(means, codes, scales, rotation, GROUP, jnp.int32(6), interpret=interpret), expected, strict=True):
+        wide = (np.asarray(x, np.float32) for x in (new, old))
+        np.testing.assert_allclose(*wide, rtol=1e-5 if dtype == np.float32 else 2e-2, atol=1e-5 if dtype == np.float32 else 3e-2)

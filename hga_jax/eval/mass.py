@@ -36,7 +36,7 @@ def layer_mass(
     missed: exact softmax mass of the keys that the policy left closed; middle: of all keys outside the windows, opened or not.
     """
     config = backend.config
-    query, key, value = layer.attention.project(layer.attention_norm(x), jnp.arange(x.shape[0]))
+    query, key, value = layer.attention.project(x, layer.attention_norm, jnp.arange(x.shape[0]))
     length, heads, width = query.shape
     kv_heads, ratio, block = key.shape[1], heads // key.shape[1], config.chunk_size
     scale = 1 / math.sqrt(width)

@@ -22,6 +22,7 @@ from pallas_kernels.fp8_matvec.config import Config as Matvec
 from pallas_kernels.fp8_matvec.kernel import bad_weight, convert, pieces, row_dots
 from pallas_kernels.indexing import outer, span
 from pallas_kernels.moe_decode.config import Config, measured
+from pallas_kernels.normalise import Norm
 
 MAX_TOKENS = 4
 
@@ -42,23 +43,26 @@ def _gate_up_kernel(
     x_ref,  # [T, D] device
     gate_ref,  # [E, F, D] device
     up_ref,  # [E, F, D] device
-    *refs,  # gate and up scales [E, F_blocks, D_blocks] device (FP8 only), then hidden f32 [pairs, F] device
+    *refs,  # device: (FP8) gate and up scales [E, F_blocks, D_blocks], (with norm) its weight [D], and last hidden f32 [pairs, F]
     config: Matvec,
     choices: int,
     size: int,
     width: int,
+    fp8: bool,
+    eps: float | None,
 ):
-    gate_scales_ref, up_scales_ref, hidden_ref = refs if len(refs) == 3 else (None, None, refs[0])
+    gate_scales_ref, up_scales_ref = refs[:2] if fp8 else (None, None)
+    hidden_ref = refs[-1]
     row, pair = pl.program_id(0) * config.rows, pl.program_id(1)
     expert = ids_ref[pair]
     [[gate], [up]] = row_dots(
         [(x_ref, pair // choices)],
         [(gate_ref, gate_scales_ref, (expert,)), (up_ref, up_scales_ref, (expert,))],
         row,
-        start=0,
-        stop=width,
+        inputs=width,
         outputs=size,
         config=config,
+        norm=None if eps is None else (refs[-2], eps),
     )
     hidden = gate / (1 + jnp.exp(-gate)) * up
     rows = span(row, config.rows)
@@ -70,13 +74,15 @@ def _down_kernel(
     weights_ref,  # f32[pairs] device
     hidden_ref,  # f32[pairs, F] device
     down_ref,  # [E, D, F] device
-    *refs,  # down scales [E, D_blocks, F_blocks] device (FP8 only), then out [T, D] device
+    *refs,  # device: (FP8) down scales [E, D_blocks, F_blocks], (with residual) and last out [T, D]
     config: Matvec,
     choices: int,
     size: int,
     width: int,
+    fp8: bool,
+    add: bool,
 ):
-    scales_ref, out_ref = refs if len(refs) == 2 else (None, refs[0])
+    scales_ref, out_ref = refs[0] if fp8 else None, refs[-1]
     rows = config.rows
     row, token = pl.program_id(0) * rows, pl.program_id(1)
     experts = pl.next_power_of_2(choices)
@@ -116,7 +122,10 @@ def _down_kernel(
     total = jnp.zeros((rows,), jnp.float32)
     for part in sums.values():
         total = total + part.sum(axis=2).sum(axis=1)
-    plt.store(out_ref.at[outer(token, row_index)], total.astype(out_ref.dtype), mask=row_index < width if partial_rows else None)
+    mask = row_index < width if partial_rows else None
+    if add:
+        total = total + plt.load(refs[-2].at[outer(token, row_index)], mask=mask).astype(jnp.float32)
+    plt.store(out_ref.at[outer(token, row_index)], total.astype(out_ref.dtype), mask=mask)
 
 
 def expert_mlp(
@@ -126,13 +135,16 @@ def expert_mlp(
     values: tuple[Float[Array, "E F D"], Float[Array, "E F D"], Float[Array, "E D F"]],
     scales: tuple[Array | None, Array | None, Array | None] = (None, None, None),
     *,
+    norm: Norm | None = None,
+    residual: Float[Array, "T D"] | None = None,
     config: Config | None = None,
     interpret: bool = False,
 ) -> Float[Array, "T D"]:
     """Sum over each token's experts of weight * down(silu(gate x) * (up x)), T from 1 to 4, result in x's dtype.
 
-    values: gate, up, down as float8_e4m3fn with `scales` one per 128x128 block, or bfloat16/float32 without. Accumulation and the hidden
-    vector are float32. Raises NotImplementedError for what the kernels cannot take.
+    values: gate, up, down as float8_e4m3fn with `scales` one per 128x128 block, or bfloat16/float32 without. norm: of x, before;
+    residual: added to the result. Accumulation and the hidden vector are float32.
+    Raises NotImplementedError for what the kernels cannot take.
     """
     if reason := unsupported(x, ids, values, scales):
         raise NotImplementedError(f"moe_decode: {reason}")
@@ -141,18 +153,21 @@ def expert_mlp(
     choices, size = ids.shape[1], values[0].shape[1]
     pairs = ids.reshape(-1).astype(jnp.int32)
     call = partial(pl.pallas_call, out_specs=pl.no_block_spec, interpret=interpret)
-    gate_up = (pairs, x, values[0], values[1], *([scales[0], scales[1]] if scales[0] is not None else []))
+    fp8 = scales[0] is not None
+    gate_up = (pairs, x, values[0], values[1], *(scales[:2] if fp8 else ()), *(() if norm is None else (norm.weight,)))
+    eps = None if norm is None else norm.eps
     hidden = call(
-        partial(_gate_up_kernel, config=config.gate_up, choices=choices, size=size, width=width),
+        partial(_gate_up_kernel, config=config.gate_up, choices=choices, size=size, width=width, fp8=fp8, eps=eps),
         grid=(-(-size // config.gate_up.rows), tokens * choices),
         in_specs=[pl.no_block_spec] * len(gate_up),
         out_shape=jax.ShapeDtypeStruct((tokens * choices, size), jnp.float32),
         compiler_params=plt.CompilerParams(num_warps=config.gate_up.warps, num_stages=1),
         name="moe_decode_gate_up",
     )(*gate_up)
-    down = (pairs, weights.reshape(-1).astype(jnp.float32), hidden, values[2], *([scales[2]] if scales[2] is not None else []))
+    down = (pairs, weights.reshape(-1).astype(jnp.float32), hidden, values[2])
+    down += ((scales[2],) if fp8 else ()) + (() if residual is None else (residual,))
     return call(
-        partial(_down_kernel, config=config.down, choices=choices, size=size, width=width),
+        partial(_down_kernel, config=config.down, choices=choices, size=size, width=width, fp8=fp8, add=residual is not None),
         grid=(-(-width // config.down.rows), tokens),
         in_specs=[pl.no_block_spec] * len(down),
         out_shape=jax.ShapeDtypeStruct((tokens, width), x.dtype),

@@ -1,8 +1,7 @@
-"""Flash attention of chunks of queries over their windows and opened pages (Pallas, Triton lowering): one launch, no temporaries but the lists."""
+"""Flash attention of chunks of queries over their windows and opened pages (Pallas, Triton lowering), in one launch."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,15 +11,15 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.indexing import span
 from pallas_kernels.limits import check_offsets, power_of_two
 from pallas_kernels.routed_prefill_attention.config import Config, default
+from pallas_kernels.routed_prefill_attention.lists import NOBODY, SINCE_BITS, list_words
+from pallas_kernels.routed_prefill_attention.tiles import LOG2_E, dot, exponential, load_tokens, pages_and_since, rows_of
 
-LOG2_E = math.log2(math.e)
-SINCE_BITS = 8  # of a list word: the first row of the chunk that sees the page; the other bits are the page
-NOBODY = 2**SINCE_BITS - 1
+LOWEST = -1e30  # below any score
 
 
 def unsupported(query: Any, pages: Any, page_ids: Any, chunk_size: int) -> str | None:
@@ -42,48 +41,6 @@ def unsupported(query: Any, pages: Any, page_ids: Any, chunk_size: int) -> str |
     return None
 
 
-def window_pages(
-    own_chunk: Int[Array, " B"], *, chunk_size: int, group_size: int, sink_chunks: int, local_chunks: int
-) -> tuple[Int[Array, "B W"], Bool[Array, "B W"]]:
-    """(pages, live) of the sinks and the local window of each block, W slots."""
-    each = chunk_size // group_size
-    local = jnp.maximum(own_chunk - local_chunks, 0)[:, None]
-    sink, near = jnp.arange(sink_chunks * each), jnp.arange(local_chunks * each)
-    pages = jnp.concatenate([jnp.broadcast_to(sink, (own_chunk.shape[0], sink.shape[0])), local * each + near], axis=1)
-    live = jnp.concatenate([sink < local * each, local * each + near < own_chunk[:, None] * each], axis=1)
-    return pages.astype(jnp.int32), live
-
-
-def list_words(
-    pages: Any, page_ids: Int[Array, "K B R M"], since: Int[Array, "K B R M"], counts: Int[Array, "K B R"],
-    own_chunk: Int[Array, " B"], multiple: int, *, chunk_size: int, sink_chunks: int, local_chunks: int,
-) -> tuple[Int[Array, "K B R slots"], Int[Array, "K B R"]]:  # fmt: skip
-    """One word a page, page * 256 + first row that sees it, windows first; and the words in use. Slots are a multiple of `multiple`."""
-    held, group_size = pages.shape[1], pages.shape[3]
-    near, live = window_pages(
-        own_chunk, chunk_size=chunk_size, group_size=group_size, sink_chunks=sink_chunks, local_chunks=local_chunks
-    )
-    window = jnp.where(live, near << SINCE_BITS, NOBODY)
-    seen = (jnp.arange(page_ids.shape[3]) < counts[..., None]) & (since < chunk_size) & (page_ids >= 0) & (page_ids < held)
-    listed = jnp.where(seen, (page_ids << SINCE_BITS) + jnp.maximum(since, 0), NOBODY)
-    words = jnp.concatenate([jnp.broadcast_to(window[None, :, None], (*listed.shape[:3], window.shape[1])), listed], axis=-1)
-    slots = max(pl.cdiv(words.shape[-1], multiple), 1) * multiple
-    words = jnp.pad(words, ((0, 0), (0, 0), (0, 0), (0, slots - words.shape[-1])), constant_values=NOBODY)
-    return words.astype(jnp.int32), (window.shape[1] + jnp.minimum(counts, page_ids.shape[3])).astype(jnp.int32)
-
-
-def _dot(a: Array, b: Array, *, trans_b: bool = False) -> Array:
-    return plt.dot(a, b, trans_b=trans_b, precision=lax.Precision.HIGHEST if a.dtype == jnp.float32 else None)
-
-
-def _of_page(words: list[Any], index: Array) -> Array:
-    """words[index] for an index vector whose entries the compiler knows: the choice costs nothing at run time."""
-    out = jnp.full(index.shape, words[0], jnp.int32)
-    for j, word in enumerate(words[1:], 1):
-        out = jnp.where(index == j, word, out)
-    return out
-
-
 def _attention_kernel(
     span_ref,  # i32[2] device: position of query row 0, live rows
     words_ref,  # i32[K, B, R, slots] device: page * 256 + first row that sees it
@@ -96,64 +53,45 @@ def _attention_kernel(
     chunk_size: int,
     scale: float,
     config: Config,
+    interpret: bool,
 ):
     tile, block, k = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    length, heads, head_dim = query_ref.shape
+    _, heads, head_dim = query_ref.shape
     kv_heads, _, _, group_size, _ = pages_ref.shape
-    ratio, lists = heads // kv_heads, words_ref.shape[2]
+    lists = words_ref.shape[2]
     first_position, count = span_ref[0], span_ref[1]
     start = (first_position // chunk_size + block) * chunk_size  # of the own chunk
     flat = tile * config.rows + span(0, config.rows)
-    head, row = flat // chunk_size, flat % chunk_size
-    index = start + row - first_position  # of the query
-    here = (index >= 0) & (index < length) & (head < ratio)
-    live = here & (index < count)
+    rows = rows_of(flat, query_ref, k, heads // kv_heads, start, first_position, count, chunk_size)
     dim = span(0, pl.next_power_of_2(head_dim))
     inside = dim < head_dim
-    # Rows that are off point past the end: the interpreter writes masked rows back too, and must not hit one that is on.
-    target, query_head = jnp.where(here, index, length), k * ratio + jnp.minimum(head, ratio - 1)
-    where = (target[:, None], query_head[:, None], dim[None, :])
-    padded = dim.shape[0] != head_dim
+    where = (rows.index[:, None], rows.head[:, None], dim[None, :])
 
     @pl.when((start < first_position + count) & (start + chunk_size > first_position))
     def _():
-        query = plt.load(query_ref.at[where], mask=live[:, None] & inside[None, :], other=0)
+        query = plt.load(query_ref.at[where], mask=rows.live[:, None] & inside[None, :], other=0)
         factor = scale * LOG2_E  # exp2 is the hardware's exponential
-
-        def load(page, slot, part, mask=None):
-            at = (k, page[:, None], part, slot[:, None], dim[None, :])
-            if padded:
-                mask = inside[None, :] & (True if mask is None else mask[:, None])
-            elif mask is not None:
-                mask = jnp.broadcast_to(mask[:, None], (mask.shape[0], dim.shape[0]))
-            return plt.load(pages_ref.at[at], mask=mask, other=None if mask is None else 0)
 
         def add(carry, keys, values, visible):
             peak, total, acc = carry
-            scores = jnp.where(visible, _dot(query, keys, trans_b=True), -jnp.inf)
+            scores = jnp.where(visible, dot(query, keys, trans_b=True), -jnp.inf)
             new_peak = jnp.maximum(peak, scores.max(1) * factor)
-            weights = jnp.exp2(scores * factor - new_peak[:, None])
-            shrink = jnp.exp2(peak - new_peak)
-            return new_peak, total * shrink + weights.sum(1), acc * shrink[:, None] + _dot(weights.astype(values.dtype), values)
+            weights = exponential(scores, factor, new_peak[:, None], interpret)
+            shrink = exponential(peak, 1.0, new_peak, interpret)
+            return new_peak, total * shrink + weights.sum(1), acc * shrink[:, None] + dot(weights.astype(values.dtype), values)
 
-        # The own chunk comes first: every row sees at least its token 0, and the running maximum is finite from there on.
+        # A finite start, so that rows that have seen nothing yet need no special case: their weights are exp2(-inf).
         carry = (
-            jnp.full((config.rows,), -jnp.inf, jnp.float32),
+            jnp.full((config.rows,), LOWEST, jnp.float32),
             jnp.zeros((config.rows,), jnp.float32),
             jnp.zeros((config.rows, dim.shape[0]), jnp.float32),
         )
-        own = span(0, min(config.keys, chunk_size))
-        for begin in range(0, chunk_size, own.shape[0]):
-            token = start + begin + own
-            held = token < first_position + count  # what lies beyond may be anything
-            keys, values = (load(token // group_size, token % group_size, part, held) for part in (0, 1))
-            carry = add(carry, keys, values, begin + own[None, :] <= row[:, None])
-
         step_pages = config.keys // group_size
         key = span(0, config.keys)
         which, slot = key // group_size, key % group_size
         list_index = 0 if lists == 1 else tile * config.rows // chunk_size
-        steps = (used_ref[k, block, list_index] + step_pages - 1) // step_pages
+        # At least one step: a loop that might not run at all makes ptxas serialise the matrix products (its remark C7515).
+        steps = jnp.maximum((used_ref[k, block, list_index] + step_pages - 1) // step_pages, 1)
         slots = words_ref.shape[3]
 
         def words_of(i):
@@ -161,23 +99,37 @@ def _attention_kernel(
 
         def step(i, carry):
             words, *carry = carry
-            page = _of_page([word >> SINCE_BITS for word in words], which)
-            since = _of_page([word & NOBODY for word in words], which)
-            keys, values = (load(page, slot, part) for part in (0, 1))
+            page, since = pages_and_since(words, which)
+            keys, values = (load_tokens(pages_ref, k, page, slot, part, dim) for part in (0, 1))
             following = words_of(i + 1)  # a step ahead: the addresses of the next loads hang on them
-            return following, *add(carry, keys, values, since[None, :] <= row[:, None])
+            return following, *add(carry, keys, values, since[None, :] <= rows.row[:, None])
 
-        _, peak, total, acc = lax.fori_loop(0, steps, step, (words_of(0), *carry))
-        out = jnp.where(live[:, None], acc / total[:, None], 0)
-        plt.store(out_ref.at[where], out.astype(out_ref.dtype), mask=here[:, None] & inside[None, :])
-        lse = jnp.where(live, peak / LOG2_E + jnp.log(total), 0)
-        plt.store(lse_ref.at[target, query_head], lse, mask=here)
+        _, *carry = lax.fori_loop(0, steps, step, (words_of(0), *carry))
+
+        # The own chunk comes last: before the loop, its keys and values would stay in shared memory all through it.
+        own = span(0, min(config.keys, chunk_size))
+        for begin in range(0, chunk_size, own.shape[0]):
+            token = start + begin + own
+            held = token < first_position + count  # what lies beyond may be anything
+            keys, values = (load_tokens(pages_ref, k, token // group_size, token % group_size, part, dim, held) for part in (0, 1))
+            carry = add(carry, keys, values, begin + own[None, :] <= rows.row[:, None])
+        peak, total, acc = carry
+        out = jnp.where(rows.live[:, None], acc * (1 / total)[:, None], 0)
+        plt.store(out_ref.at[where], out.astype(out_ref.dtype), mask=rows.here[:, None] & inside[None, :])
+        lse = jnp.where(rows.live, peak / LOG2_E + jnp.log(total), 0)
+        plt.store(lse_ref.at[rows.index, rows.head], lse, mask=rows.here)
 
     @pl.when((start >= first_position + count) | (start + chunk_size <= first_position))
     def _():
         zero = jnp.zeros((config.rows, dim.shape[0]), out_ref.dtype)
-        plt.store(out_ref.at[where], zero, mask=here[:, None] & inside[None, :])
-        plt.store(lse_ref.at[target, query_head], jnp.zeros((config.rows,), jnp.float32), mask=here)
+        plt.store(out_ref.at[where], zero, mask=rows.here[:, None] & inside[None, :])
+        plt.store(lse_ref.at[rows.index, rows.head], jnp.zeros((config.rows,), jnp.float32), mask=rows.here)
+
+
+def fit(config: Config, pages: Any, lists: int, ratio: int, chunk_size: int) -> Config:
+    """The config with tiles that these sizes allow: whole pages, and rows of one list."""
+    rows = min(config.rows, chunk_size if lists > 1 else pl.next_power_of_2(ratio * chunk_size))
+    return replace(config, rows=rows, keys=max(config.keys, pages.shape[3]))
 
 
 def routed_prefill_attention(
@@ -203,9 +155,7 @@ def routed_prefill_attention(
     length, heads, head_dim = query.shape
     kv_heads, _, _, group_size, _ = pages.shape
     ratio, (_, blocks, lists, _) = heads // kv_heads, page_ids.shape
-    config = config or default(query.dtype, head_dim)
-    rows = min(config.rows, chunk_size if lists > 1 else pl.next_power_of_2(ratio * chunk_size))
-    config = replace(config, rows=rows, keys=max(config.keys, group_size))
+    config = fit(config or default(query.dtype, head_dim), pages, lists, ratio, chunk_size)
     own_chunk = first_position // chunk_size + jnp.arange(blocks, dtype=jnp.int32)
     words, used = list_words(
         pages, page_ids, since, counts, own_chunk, config.keys // group_size,
@@ -213,8 +163,8 @@ def routed_prefill_attention(
     )  # fmt: skip
     operands = (jnp.stack([first_position, count]).astype(jnp.int32), words, used, query, pages)
     return pl.pallas_call(
-        partial(_attention_kernel, chunk_size=chunk_size, scale=scale, config=config),
-        grid=(-(-ratio * chunk_size // rows), blocks, kv_heads),  # tiles of one list side by side: they read the same pages
+        partial(_attention_kernel, chunk_size=chunk_size, scale=scale, config=config, interpret=interpret),
+        grid=(-(-ratio * chunk_size // config.rows), blocks, kv_heads),  # tiles of one list side by side: they read the same pages
         in_specs=[pl.no_block_spec] * len(operands),
         out_specs=[pl.no_block_spec] * 2,
         out_shape=[jax.ShapeDtypeStruct(query.shape, query.dtype), jax.ShapeDtypeStruct((length, heads), jnp.float32)],

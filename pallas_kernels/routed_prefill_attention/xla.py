@@ -53,9 +53,7 @@ def routed_prefill_attention(
         parts = jax.vmap(lambda pages, ids: pages[ids])(pages, jnp.clip(ids, 0, held - 1))  # [K, R, n, 2, g, H]
         # Tokens that no live query may see can hold anything, and zero times NaN is NaN.
         seen = open_from <= jnp.where(live, row, -1).max()
-        keys, values = (
-            jnp.where(seen[..., None], parts[:, :, :, part].reshape(kv_heads, lists, -1, width), 0) for part in (0, 1)
-        )
+        keys, values = (jnp.where(seen[..., None], parts[:, :, :, part].reshape(kv_heads, lists, -1, width), 0) for part in (0, 1))
         scores = jnp.einsum("krnqh,krsh->krnqs", block, keys, precision=precision, preferred_element_type=jnp.float32) * scale
         scores = jnp.where(open_from[:, :, None, None] <= row[:, None], scores, -jnp.inf)
         lse = jax.nn.logsumexp(scores, axis=-1)
@@ -66,7 +64,6 @@ def routed_prefill_attention(
 
     out, lse = lax.map(jax.checkpoint(one), jnp.arange(blocks))
     # Back to the queries' rows; a margin after, for lists of fewer blocks than the queries may touch.
-    return tuple(
-        lax.dynamic_slice_in_dim(jnp.pad(x.reshape(-1, *x.shape[2:]), ((0, length + chunk_size), *((0, 0),) * (x.ndim - 2))), before, length)
-        for x in (out, lse)
-    )
+    flat = (x.reshape(-1, *x.shape[2:]) for x in (out, lse))
+    padded = (jnp.pad(x, ((0, length + chunk_size), *((0, 0),) * (x.ndim - 1))) for x in flat)
+    return tuple(lax.dynamic_slice_in_dim(x, before, length) for x in padded)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.sketch_prefill_routing import kernel, lists, xla
 from pallas_kernels.sketch_prefill_routing.config import Config, Rule, Screen
-from pallas_kernels.sketch_prefill_routing.keys import page_statistics
+from pallas_kernels.sketch_prefill_routing.keys import PageKeys
 
 
 class PageLists(NamedTuple):
@@ -54,7 +54,7 @@ def _steps(implementation: str, config: Config, interpret: bool) -> _Steps:
 def route(
     query: Float[Array, "T N H"],
     pages: Float[Array, "K P 2 g H"],
-    sketched: Float[Array, "K g P H"],
+    keys: PageKeys,
     stamps: Int[Array, "K P"],
     first_position: Int[Array, ""],
     count: Int[Array, ""],
@@ -69,34 +69,35 @@ def route(
 ) -> PageLists:
     """Route the first `count` queries, at positions first_position, first_position + 1, ...
 
-    query: post-RoPE. pages: the exact history, which holds all keys up to the last live query's. sketched: from keys.sketched_keys.
+    query: post-RoPE. pages: the exact history, which holds all keys up to the last live query's. keys: from keys.page_keys.
     A probing row asks for every page whose share of its estimated attention mass reaches `threshold`; all heads of the kv head see it from
     that row on to the end of the next chunk. Requests beyond `capacity` pages a list are refused, in order of (row, page id).
 
     screen None: every query probes every page by its sketched keys. Otherwise only every screen.stride-th query probes, first by the pages'
-    means and spreads; those that reach threshold * screen.margin are its candidates, and those of earlier probes of its chunk and of
-    the chunk before (if the same call holds it). Among them it asks by their sketched keys, against the mass as first estimated.
+    means and spreads; those that reach threshold * screen.margin of its windows' mass are its candidates, and those of earlier probes of
+    its chunk and of the chunk before (if the same call holds it). Among them it asks by their sketched keys, against the mass of windows
+    and all pages as the means and spreads estimate it.
     Nothing depends on a later query. Source: DESIGN section 2 of the project, measured in config.Screen.
     """
     steps = _steps(implementation, config or Config(), interpret)
     bounds = jnp.stack([first_position, count]).astype(jnp.int32)
     capacity = min(capacity, stamps.shape[1])
     if screen is None:
-        rule, keys, spreads = replace(rule, stride=1), sketched, None
+        rule, vectors, spreads = replace(rule, stride=1), keys.tokens, None
     else:
         rule = replace(rule, stride=screen.stride, spread=screen.spread)
-        keys, spreads = page_statistics(sketched)
-    window, mass = steps.probe_mass(query, bounds, pages, keys, spreads, rule=rule)
+        vectors, spreads = keys.means, keys.spreads
+    share = None if screen is None else threshold * screen.margin
+    window, mass, wide = steps.probe_mass(query, bounds, pages, vectors, spreads, threshold=share, rule=rule)
     if screen is None:
-        first = steps.probe_requests(query, bounds, keys, spreads, mass, threshold=threshold, rule=rule)
+        first = steps.probe_requests(query, bounds, vectors, mass, threshold=threshold, rule=rule)
     else:
-        wide = steps.probe_requests(query, bounds, keys, spreads, mass, threshold=threshold * screen.margin, rule=rule)
         never = jnp.full_like(stamps, -2)
         *candidates, counts = steps.page_lists(wide, never, bounds, capacity=min(screen.capacity, stamps.shape[1]), rule=rule)
-        asked = (query, bounds, sketched, mass, *candidates, counts[..., 0])
+        asked = (query, bounds, keys.tokens, mass, *candidates, counts[..., 0])
         first = steps.listed_requests(*asked, threshold=threshold * screen.threshold, rule=rule)
     ids, since, counts, stamps = _lists(first, stamps, bounds, steps, capacity=capacity, rule=rule)
-    opened = steps.listed_mass(query, bounds, keys, spreads, mass, ids, since, counts[..., 0], rule=rule)
+    opened = steps.listed_mass(query, bounds, vectors, spreads, mass, ids, since, counts[..., 0], rule=rule)
     unopened = jnp.maximum(1 - jnp.exp(window - mass) - opened, 0)
     unopened = jnp.where(_live(bounds, unopened.shape[1:], query.shape[1] // len(pages), rule), unopened, 0).sum()
     return PageLists(ids, since, counts[..., 0], stamps, counts[..., 1].sum(), unopened * (rule.stride / query.shape[1]))

@@ -76,6 +76,16 @@ def _probes(tile: Any, block: Any, k: Any, bounds_ref: Any, query_ref: Any, rati
     return _Probes(query, row, inside, position, offset, live, own_chunk, own_chunk * rule.chunk_size < first_position + count)
 
 
+def _exp2(x: Array, interpret: bool) -> Array:
+    """In PTX because the compiler's exp2 takes four more instructions an element to keep denormals, which nothing here needs."""
+    if interpret:
+        return jnp.exp2(x)
+    [out] = plgpu.elementwise_inline_asm(
+        "ex2.approx.ftz.f32 $0, $1;", args=[x], constraints="=f,f", pack=1, result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.float32)]
+    )
+    return out
+
+
 def _dot(a: Array, b: Array) -> Array:
     """a @ b.T in float32; float32 operands at full precision."""
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
@@ -117,13 +127,18 @@ def _mass_kernel(
     query_ref,  # [T, N, H]
     pages_ref,  # [K, P, 2, g, H] exact keys and values
     keys_ref,  # [K, parts, P, H] what pages are scored by
-    *refs,  # spreads [K, P] f32 (if pages are means), then out f32 [K, B, rows] twice
+    *refs,  # spreads [K, P] f32 (if pages are means), then out f32 [K, B, rows] twice [and first [K, B, tiles, P]]
     ratio: int,
     size: int,
+    threshold: float | None,
     rule: Rule,
-    config: Config,
+    tile_pages: int,
+    interpret: bool,
 ):
-    spreads_ref, window_ref, mass_ref = refs if len(refs) == 3 else (None, *refs)
+    """With a threshold: also the first row for which a page reaches that share of the windows' mass."""
+    outs = 2 if threshold is None else 3
+    spreads_ref = refs[0] if len(refs) > outs else None
+    window_ref, mass_ref = refs[-outs:][:2]
     tile, block, k = pl.program_id(0), pl.num_programs(1) - 1 - pl.program_id(1), pl.program_id(2)
     probes = _probes(tile, block, k, bounds_ref, query_ref, ratio, size, rule)
 
@@ -138,7 +153,7 @@ def _mass_kernel(
         def add(carry: tuple, scores: Array) -> tuple:
             peak, total = carry
             higher = jnp.maximum(peak, jnp.max(scores, axis=1))
-            return higher, total * jnp.exp2(peak - higher) + jnp.sum(jnp.exp2(scores - higher[:, None]), axis=1)
+            return higher, total * jnp.exp2(peak - higher) + jnp.sum(_exp2(scores - higher[:, None], interpret), axis=1)
 
         def window(i: Any, carry: tuple) -> tuple:
             chunk = jnp.where(i < sinks, i, local + i - sinks)
@@ -154,15 +169,20 @@ def _mass_kernel(
 
         start = (jnp.full((size,), LOWEST, jnp.float32), jnp.zeros((size,), jnp.float32))
         windows = lax.fori_loop(0, sinks + probes.own_chunk - local + 1, window, start)
+        window_mass = windows[0] + jnp.log2(jnp.where(windows[1] > 0, windows[1], 1))
+        bound = jnp.where(probes.live, window_mass + math.log2(threshold or 1.0), jnp.inf)
         norm = _norm(probes, spreads_ref, rule)
         first, end = _middle(probes.own_chunk, rule)
 
         def middle(i: Any, carry: tuple) -> tuple:
-            page = span(first + i * config.pages, config.pages)
+            page = span(first + i * tile_pages, tile_pages)
             scores = _page_scores(probes, keys_ref, spreads_ref, norm, k, page, page < end, rule)
+            if threshold is not None:
+                rows = _first_rows(scores, bound, None, probes, rule.chunk_size)
+                plgpu.store(refs[-1].at[outer(k, block, tile, page)], rows.astype(refs[-1].dtype), mask=page < end)
             return add(carry, jnp.where((page < end)[None, :], scores, -jnp.inf))
 
-        everything = lax.fori_loop(0, (end - first + config.pages - 1) // config.pages, middle, windows)
+        everything = lax.fori_loop(0, (end - first + tile_pages - 1) // tile_pages, middle, windows)
         for ref, (peak, total) in ((window_ref, windows), (mass_ref, everything)):
             mass = (peak + jnp.log2(jnp.where(total > 0, total, 1))) / LOG2E
             plgpu.store(ref.at[outer(k, block, probes.row)], mass, mask=probes.inside)
@@ -186,30 +206,31 @@ def _request_kernel(
     query_ref,  # [T, N, H]
     keys_ref,  # [K, parts, P, H]
     mass_ref,  # [K, B, rows] f32
-    *refs,  # spreads [K, P] f32 (if pages are means), then out [K, B, tiles, P]
+    first_ref,  # [K, B, tiles, P] out
+    *,
     ratio: int,
     size: int,
     threshold: float,
     rule: Rule,
-    config: Config,
+    tile_pages: int,
+    interpret: bool,
 ):
-    spreads_ref, first_ref = refs if len(refs) == 2 else (None, *refs)
+    del interpret
     tile, block, k = pl.program_id(0), pl.num_programs(1) - 1 - pl.program_id(1), pl.program_id(2)
     probes = _probes(tile, block, k, bounds_ref, query_ref, ratio, size, rule)
 
     @pl.when(probes.block_live)
     def _():
         bound = _bound(mass_ref, k, block, probes, threshold)
-        norm = _norm(probes, spreads_ref, rule)
         first, end = _middle(probes.own_chunk, rule)
 
         def step(i: Any, _: None) -> None:
-            page = span(first + i * config.pages, config.pages)
-            scores = _page_scores(probes, keys_ref, spreads_ref, norm, k, page, page < end, rule)
+            page = span(first + i * tile_pages, tile_pages)
+            scores = _page_scores(probes, keys_ref, None, None, k, page, page < end, rule)
             rows = _first_rows(scores, bound, None, probes, rule.chunk_size)
             plgpu.store(first_ref.at[outer(k, block, tile, page)], rows.astype(first_ref.dtype), mask=page < end)
 
-        lax.fori_loop(0, (end - first + config.pages - 1) // config.pages, step, None)
+        lax.fori_loop(0, (end - first + tile_pages - 1) // tile_pages, step, None)
 
 
 def _listed_kernel(
@@ -225,7 +246,8 @@ def _listed_kernel(
     size: int,
     threshold: float | None,
     rule: Rule,
-    config: Config,
+    tile_pages: int,
+    interpret: bool,
 ):
     """With a threshold: requests among the listed pages, scattered to [K, B, tiles, P]. Without: listed pages' mass, [K, B, rows]."""
     spreads_ref = refs[0] if len(refs) == (2 if threshold is None else 3) else None
@@ -240,7 +262,7 @@ def _listed_kernel(
         count = counts_ref[k, block]
 
         def listed(i: Any) -> tuple[Array, Array, Array, Array]:
-            slot = span(i * config.pages, config.pages)
+            slot = span(i * tile_pages, tile_pages)
             there = slot < count
             page = plgpu.load(ids_ref.at[outer(k, block, slot)], mask=there, other=0)
             since = plgpu.load(since_ref.at[outer(k, block, slot)], mask=there, other=rule.chunk_size)
@@ -255,9 +277,9 @@ def _listed_kernel(
         def weigh(i: Any, total: Array) -> Array:
             _, _, since, scores = listed(i)
             seen = since[None, :] <= probes.offset[:, None]
-            return total + jnp.sum(jnp.where(seen, jnp.exp2(scores - bound[:, None]), 0), axis=1)
+            return total + jnp.sum(jnp.where(seen, _exp2(scores - bound[:, None], interpret), 0), axis=1)
 
-        steps = (count + config.pages - 1) // config.pages
+        steps = (count + tile_pages - 1) // tile_pages
         if threshold is not None:
             lax.fori_loop(0, steps, request, None)
         else:
@@ -271,21 +293,31 @@ def none_dtype(rule: Rule) -> Any:
 
 
 def _call(
-    kernel: Any, name: str, shapes: Any, operands: list, rule: Rule, config: Config, interpret: bool, aliases: Any = None, **settings
-):
-    """One launch of a scoring kernel; operands that are None are left out. The first two are bounds and query."""
+    kernel: Any,
+    name: str,
+    shapes: Any,
+    operands: list[Array | None],
+    parts: int,
+    rule: Rule,
+    config: Config,
+    interpret: bool,
+    aliases: dict[int, int] | None = None,
+    **settings: Any,
+) -> Any:
+    """One launch of a scoring kernel; operands that are None are left out. The first two are bounds and query. parts: vectors a page."""
     operands = [x for x in operands if x is not None]
     check_offsets(**{f"operand {i}": x for i, x in enumerate((*operands, *jax.tree.leaves(shapes)))})
     query, ratio = operands[1], settings["ratio"]
     tiles, size = row_tiles(rule, ratio, config)
+    tile = config.tile(parts)
     return pl.pallas_call(
-        partial(kernel, size=size, rule=rule, config=config, **settings),
+        partial(kernel, size=size, rule=rule, tile_pages=tile.pages, interpret=interpret, **settings),
         grid=(tiles, rule.blocks(query.shape[0]), query.shape[1] // ratio),
         in_specs=[pl.no_block_spec] * len(operands),
         out_specs=jax.tree.map(lambda _: pl.no_block_spec, shapes),
         out_shape=shapes,
         input_output_aliases=aliases or {},
-        compiler_params=plgpu.CompilerParams(num_warps=config.warps, num_stages=config.stages),
+        compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=interpret,
         name=name,
     )(*operands)
@@ -298,22 +330,33 @@ def probe_mass(
     keys: Float[Array, "K parts P H"],
     spreads: Float[Array, "K P"] | None,
     *,
+    threshold: float | None,
     rule: Rule,
     config: Config,
     interpret: bool,
-) -> tuple[Float[Array, "K B r"], Float[Array, "K B r"]]:
-    """Log of the summed exponentials of each probing row's exact window scores, and of those and all page scores together."""
+) -> tuple[Float[Array, "K B r"], Float[Array, "K B r"], Int[Array, "K B tiles P"] | None]:
+    """Log of the summed exponentials of each probing row's exact window scores, and of those and all page scores together.
+
+    With a threshold also the first row of each chunk for which a page reaches that share of the windows' mass, by row tile; what lies
+    outside a block's routed middle is not written.
+    """
     kv_heads, ratio = keys.shape[0], query.shape[1] // keys.shape[0]
-    shape = jax.ShapeDtypeStruct((kv_heads, rule.blocks(query.shape[0]), rule.probes * ratio), jnp.float32)
+    tiles, _ = row_tiles(rule, ratio, config)
+    blocks = rule.blocks(query.shape[0])
+    mass = jax.ShapeDtypeStruct((kv_heads, blocks, rule.probes * ratio), jnp.float32)
+    shapes = [mass, mass]
+    if threshold is not None:
+        shapes.append(jax.ShapeDtypeStruct((kv_heads, blocks, tiles, keys.shape[2]), none_dtype(rule)))
     operands = [bounds, query, pages, keys, spreads]
-    return _call(_mass_kernel, "probe_mass", (shape, shape), operands, rule, config, interpret, ratio=ratio)
+    settings = {"ratio": ratio, "threshold": threshold}
+    out = _call(_mass_kernel, "probe_mass", shapes, operands, keys.shape[1], rule, config, interpret, **settings)
+    return (*out, None) if threshold is None else tuple(out)
 
 
 def probe_requests(
     query: Float[Array, "T N H"],
     bounds: Int[Array, " 2"],
     keys: Float[Array, "K parts P H"],
-    spreads: Float[Array, "K P"] | None,
     mass: Float[Array, "K B r"],
     *,
     threshold: float,
@@ -325,8 +368,9 @@ def probe_requests(
     ratio = query.shape[1] // keys.shape[0]
     tiles, _ = row_tiles(rule, ratio, config)
     shape = jax.ShapeDtypeStruct((*mass.shape[:2], tiles, keys.shape[2]), none_dtype(rule))
-    operands = [bounds, query, keys, mass, spreads]
-    return _call(_request_kernel, "probe_requests", shape, operands, rule, config, interpret, ratio=ratio, threshold=threshold)
+    operands = [bounds, query, keys, mass]
+    settings = {"ratio": ratio, "threshold": threshold}
+    return _call(_request_kernel, "probe_requests", shape, operands, keys.shape[1], rule, config, interpret, **settings)
 
 
 def listed_requests(
@@ -350,7 +394,7 @@ def listed_requests(
     operands = [bounds, query, keys, mass, ids, since, counts, empty]
     shape = jax.ShapeDtypeStruct(empty.shape, empty.dtype)
     settings = {"ratio": ratio, "threshold": threshold, "aliases": {7: 0}}
-    return _call(_listed_kernel, "listed_requests", shape, operands, rule, config, interpret, **settings)
+    return _call(_listed_kernel, "listed_requests", shape, operands, keys.shape[1], rule, config, interpret, **settings)
 
 
 def listed_mass(
@@ -371,4 +415,5 @@ def listed_mass(
     ratio = query.shape[1] // keys.shape[0]
     operands = [bounds, query, keys, mass, ids, since, counts, spreads]
     shape = jax.ShapeDtypeStruct(mass.shape, jnp.float32)
-    return _call(_listed_kernel, "listed_mass", shape, operands, rule, config, interpret, ratio=ratio, threshold=None)
+    settings = {"ratio": ratio, "threshold": None}
+    return _call(_listed_kernel, "listed_mass", shape, operands, keys.shape[1], rule, config, interpret, **settings)

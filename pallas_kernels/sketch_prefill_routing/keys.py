@@ -1,12 +1,41 @@
-"""What probes are compared with: the keys as their sketches remember them, and each page's mean and spread. Plain XLA, once a layer."""
+"""What probes are compared with: the keys as their sketches remember them, and each page's mean and spread. Made anew for each call."""
 
 from __future__ import annotations
 
+from typing import Literal, NamedTuple
+
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
+from pallas_kernels.sketch_prefill_routing.sketches import unsketch
 from pallas_kernels.sketch_routing.api import LEVELS
+
+
+class PageKeys(NamedTuple):
+    """tokens: keys as sketches remember them, token j of every page side by side. means, spreads: as `page_statistics` makes them."""
+
+    tokens: Float[Array, "K g P H"]
+    means: Float[Array, "K 1 P H"]
+    spreads: Float[Array, "K P"]
+
+
+def page_keys(
+    means: Float[Array, "K C H"],
+    codes: UInt8[Array, "K S B"],
+    scales: Float[Array, "K S"],
+    rotation: Float[Array, "H H"],
+    group_size: int,
+    end_chunk: Int[Array, ""],
+    *,
+    implementation: Literal["pallas", "xla"],
+    interpret: bool = False,
+) -> PageKeys:
+    """Of the first end_chunk chunks at least; beyond them anything."""
+    if implementation == "pallas":
+        return PageKeys(*unsketch(means, codes, scales, rotation, group_size, end_chunk, interpret=interpret))
+    tokens = sketched_keys(means, codes, scales, rotation, group_size)
+    return PageKeys(tokens, *page_statistics(tokens))
 
 
 def sketched_keys(

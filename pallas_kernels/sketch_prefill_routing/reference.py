@@ -57,17 +57,22 @@ def reference_route(
                         windows = (keys[k, near] @ q) * scale
                         peak = max([windows.max(), *cheap.values()])
                         total = np.exp(windows - peak).sum() + sum(np.exp(s - peak) for s in cheap.values())
-                        heads.append(({p: np.exp(s - peak) / total for p, s in cheap.items()}, exact, peak + np.log(total)))
+                        near_share = np.exp(windows - peak).sum() / total
+                        heads.append(({p: np.exp(s - peak) / total for p, s in cheap.items()}, exact, peak + np.log(total), near_share))
                     bound = threshold
                     pool = list(middle)
                     if screen:
-                        wanted = [p for p in middle if np.any([decide(mass[p], threshold * screen["margin"]) for mass, _, _ in heads])]
+                        wanted = [
+                            p
+                            for p in middle
+                            if np.any([decide(mass[p], threshold * screen["margin"] * near) for mass, _, _, near in heads])
+                        ]
                         found.update({p: row for p in wanted if p not in found})
                         for p in wanted:
                             if p not in candidates and len(candidates) < screen["capacity"]:
                                 candidates[p] = row
                         pool, bound = sorted(candidates), threshold * screen["threshold"]
-                    asked = [p for p in pool if np.any([decide(np.exp(exact[p] - log), bound) for _, exact, log in heads])]
+                    asked = [p for p in pool if np.any([decide(np.exp(exact[p] - log), bound) for _, exact, log, _ in heads])]
                     for p in asked:
                         if p not in listed and len(listed) < capacity:
                             listed[p] = row
@@ -80,6 +85,6 @@ def reference_route(
                 visible[k][t] = set(listed)
             candidates_before = {p for p in found if p != "refused"}
             for row, heads in probes:
-                for mass, _, _ in heads:
+                for mass, *_ in heads:
                     unopened += stride * sum(m for p, m in mass.items() if listed.get(p, chunk_size) > row) / query.shape[1]
     return visible, stamps, refused, unopened, closest

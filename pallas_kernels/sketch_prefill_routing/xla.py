@@ -46,7 +46,9 @@ def middle(bounds: Int[Array, " 2"], block: Int[Array, "*n"], pages: int, rule: 
     return (chunk >= rule.sink_chunks) & (chunk < jnp.asarray(own - rule.local_chunks)[..., None])
 
 
-def probe_mass(query, bounds, pages, keys, spreads, *, rule: Rule) -> tuple[Float[Array, "K B r"], Float[Array, "K B r"]]:
+def probe_mass(
+    query, bounds, pages, keys, spreads, *, threshold: float | None, rule: Rule
+) -> tuple[Float[Array, "K B r"], Float[Array, "K B r"], Int[Array, "K B 1 P"] | None]:
     """See kernel.probe_mass."""
     kv_heads, count = pages.shape[0], pages.shape[1]
 
@@ -65,11 +67,16 @@ def probe_mass(query, bounds, pages, keys, spreads, *, rule: Rule) -> tuple[Floa
         return window, jnp.logaddexp(window, jax.nn.logsumexp(scores, axis=-1))
 
     window, mass = lax.map(one, jnp.arange(rule.blocks(query.shape[0])))
-    return window.swapaxes(0, 1), mass.swapaxes(0, 1)
+    window, mass = window.swapaxes(0, 1), mass.swapaxes(0, 1)
+    return window, mass, None if threshold is None else _requests(query, bounds, keys, spreads, window, threshold, rule)
 
 
-def probe_requests(query, bounds, keys, spreads, mass, *, threshold: float, rule: Rule) -> Int[Array, "K B 1 P"]:
+def probe_requests(query, bounds, keys, mass, *, threshold: float, rule: Rule) -> Int[Array, "K B 1 P"]:
     """See kernel.probe_requests; everything is written."""
+    return _requests(query, bounds, keys, None, mass, threshold, rule)
+
+
+def _requests(query, bounds, keys, spreads, mass, threshold: float, rule: Rule) -> Int[Array, "K B 1 P"]:
     kv_heads, count = keys.shape[0], keys.shape[2]
 
     def one(block: Int[Array, ""]) -> Array:

@@ -1,0 +1,87 @@
+"""What must be equal for stored K/V to be used again: the weights, the model's settings, the attention, the number format."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from hga_jax.attention import HGAAttention
+from hga_jax.backend import AttentionBackend, DenseAttention
+from hga_jax.model import Decoder, weight_leaves
+from hga_jax.sketches import ROTATION_VERSION
+
+SAMPLES = 1024  # values of each weight that its fingerprint covers, evenly spread: other weights differ nearly everywhere
+
+
+@jax.jit
+def _samples(leaves: list[Array]) -> list[Array]:
+    def one(leaf: Array) -> Array:
+        flat = leaf.reshape(-1)
+        return flat[:: max(flat.shape[0] // SAMPLES, 1)].astype(jnp.float32)
+
+    return [one(leaf) for leaf in leaves]
+
+
+def weights_fingerprint(decoder: Decoder) -> str:
+    """A hash of names, shapes, dtypes and samples of all weights: the same for the same checkpoint on any device."""
+    digest = hashlib.sha256()
+    layers: dict[str, list[tuple[str, Array]]] = {}
+    for path, weight in weight_leaves(decoder).items():
+        unit = ".".join(path.split(".")[:2]) if path.startswith("layers.") else path  # a layer at a time: all layers share one program
+        for i, leaf in enumerate(jax.tree.leaves(weight)):
+            layers.setdefault(unit, []).append((f"{path}/{i}", leaf))
+    for named in layers.values():
+        samples = _samples([leaf for _, leaf in named])
+        for (name, leaf), values in zip(named, samples, strict=True):
+            digest.update(f"{name} {leaf.shape} {jnp.dtype(leaf.dtype).name}".encode())
+            digest.update(np.asarray(values).tobytes())
+    return digest.hexdigest()[:32]
+
+
+def describe(model: Any, backend: AttentionBackend) -> dict[str, Any]:
+    """The identity of a LanguageModel's K/V under an attention backend, as JSON values. Raises ValueError for an unknown one."""
+    from convert.checkpoint import config_to_json
+
+    if isinstance(backend, HGAAttention):
+        attention = {"kind": "hga", "rotation": ROTATION_VERSION} | asdict(backend.config)
+    elif isinstance(backend, DenseAttention):
+        attention = {"kind": "dense", "page_size": backend.page_size}
+    else:
+        raise ValueError(f"sessions store hga and dense attention only, not {type(backend).__name__}")
+    config = config_to_json(model.config)
+    rope = config.pop("rope")
+    for absent in ("bos_token_id", "eos_token_ids"):
+        config.pop(absent)
+    weights, dtype = weights_fingerprint(model.params), jnp.dtype(model.dtype).name
+    found = {"model": config, "weights": weights, "rope": rope, "attention": attention, "dtype": dtype}
+    return json.loads(json.dumps(found))  # as it will be read back: lists for tuples
+
+
+def root_id(identity: dict[str, Any]) -> str:
+    """The id that the first block of every sequence follows."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def differences(stored: dict[str, Any], given: dict[str, Any]) -> list[str]:
+    """Where two identities differ, one short phrase each."""
+    found = []
+    for part in sorted(stored.keys() | given.keys()):
+        old, new = stored.get(part), given.get(part)
+        if old == new:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += [
+                f"{part} {key} {old.get(key)} (now {new.get(key)})"
+                for key in sorted(old.keys() | new.keys())
+                if old.get(key) != new.get(key)
+            ]
+        else:
+            found.append("other weights" if part == "weights" else f"{part} {old} (now {new})")
+    return found

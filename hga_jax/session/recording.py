@@ -1,0 +1,240 @@
+"""Writing the history behind compute: blocks go to disk as layers and tokens are done, a bounded number of bytes at a time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Int
+
+from hga_jax.cache.disk import PAGES, REQUESTS, BlockStore, BlockWriter, Header, block_id
+from hga_jax.programs import SEGMENT
+from hga_jax.session.reuse import Stored, load_notes
+from hga_jax.session.state_format import StateFormat, pack, take_pages, take_summaries
+
+WRITERS = 4  # threads that wait for copies from the device and for TensorStore, which has its own threads for the disk
+CPU_SEGMENT = 256  # tokens: no slower than larger ones, and a prompt that differs late in a document recomputes less
+IN_FLIGHT = 256 * 2**20  # bytes of pages on their way to disk; more makes compute wait
+
+
+class Budget:
+    """Bytes in flight: `take` waits until there is room, or nothing else is under way."""
+
+    def __init__(self, limit: int):
+        self.limit, self.used, self.changed = limit, 0, threading.Condition()
+
+    def take(self, size: int) -> None:
+        with self.changed:
+            self.changed.wait_for(lambda: self.used == 0 or self.used + size <= self.limit)
+            self.used += size
+
+    def give_back(self, size: int) -> None:
+        with self.changed:
+            self.used -= size
+            self.changed.notify_all()
+
+
+class _Block:
+    """A block being written: its pages layer by layer, the rest when all layers are there."""
+
+    def __init__(self, store: BlockStore, form: StateFormat, staging: Path, parent: str, first: int, tokens: np.ndarray):
+        self.form, self.first, self.tokens = form, first, tokens
+        self.end = first + len(tokens)
+        self.writer = BlockWriter(store, staging, parent, first, tokens)
+        self.writer.create(PAGES, form.arrays(len(tokens), self.end, 0)[PAGES])
+        self.summaries = [[None] * form.layers for _ in form.summaries]
+        self.tasks: list[Future] = []
+
+    def write_layer(self, layer: int, pages: jax.Array | np.ndarray, summaries: list[jax.Array]) -> None:
+        form, count = self.form, len(self.tokens)
+        data = np.array(np.asarray(pages)[:, : form.pages(count)])  # our own copy: it outlives the device buffer
+        beyond = self.end % form.group_size
+        if beyond:
+            data[:, -1, :, beyond:] = 0  # what follows the last token is stale; equal tokens make equal files
+        for held, part, (entries, _, _) in zip(self.summaries, summaries, form.summaries, strict=True):
+            held[layer] = np.asarray(part)[:, : entries * form.chunks(count)]
+        self.writer.write(PAGES, data, layer).result()
+
+    def finish(self, notes: dict[int, Any]) -> Header:
+        for task in self.tasks:
+            task.result()
+        points = sorted(position for position in notes if self.first < position <= self.end)
+        specs = self.form.arrays(len(self.tokens), self.end, len(points))
+        for i, held in enumerate(self.summaries):
+            self.writer.create(f"summaries.{i}", specs[f"summaries.{i}"])
+            self.writer.write(f"summaries.{i}", np.stack(held))
+        if REQUESTS in specs:
+            self.writer.create(REQUESTS, specs[REQUESTS])
+            pages = self.form.pages(self.end)
+            stacked = [np.stack([pack(np.asarray(held)[i], pages) for held, i in notes[position]]) for position in points]
+            self.writer.write(REQUESTS, np.stack(stacked, axis=1))
+        return self.writer.finish(points)
+
+
+class Recorder:
+    """Stores one sequence as it grows. After an error nothing more is written and `error` says why; compute goes on.
+
+    It starts after `stored`, the beginning that is on disk already. parent, first: of the block that is open. notes: by position in it, for
+    each layer an (array, index) of what was noted there; None where the policy needs nothing.
+    """
+
+    def __init__(self, store: BlockStore, form: StateFormat, root: str, staging: Path, stored: Stored, in_flight: int = IN_FLIGHT):
+        self.store, self.form, self.staging = store, form, staging
+        self.parent, self.first = root, 0
+        self.blocks: list[tuple[str, int]] = []
+        self.notes: dict[int, list[tuple[Any, int]] | None] = {}
+        for header in stored.chain:
+            if header.end <= stored.length and len(header.tokens) == form.block_tokens:
+                self._passed(header.id, len(header.tokens))
+            else:
+                points = [position for position in header.reuse if position <= stored.length]
+                self.notes = dict.fromkeys(points)
+                for position, held in load_notes(store, form, header, points).items():
+                    self.notes[position] = [(held, layer) for layer in range(form.layers)]
+        self.headers = {header.id: header for header in stored.chain}
+        self.bytes_stored = sum(header.bytes for header in stored.chain)
+        self.take_pages = take_pages  # how to come by a block's pages; other tiers than device and host have their own way
+        self.error: Exception | None = None
+        self._budget, self._pool = Budget(in_flight), ThreadPoolExecutor(WRITERS, "hga-store")
+        self._tasks: list[Future] = []
+        self._open: list[_Block] = []
+
+    @property
+    def note(self) -> Callable[[Any], Any] | None:
+        """What prefill is to note of a layer's state after every segment."""
+        return self.form.note
+
+    @property
+    def segment(self) -> int:
+        """Tokens that prefill computes at a time, after each of which there is a reuse point; block ends are among them."""
+        return min(CPU_SEGMENT if jax.default_backend() == "cpu" else SEGMENT, self.form.block_tokens)
+
+    def room(self, position: int) -> int:
+        """Tokens from `position` to the end of its block: where decode must stop so that the block can be stored."""
+        return self.form.block_tokens - position % self.form.block_tokens
+
+    def prefilled(self, tokens: Int[np.ndarray, " T"], layer: int, first: int, state: Any, positions: list[int], notes: Any) -> None:
+        """A layer has done tokens first .. len(tokens)-1. notes: what was noted of it at the positions given, stacked; or None."""
+        if self.error is None:
+            self._attempt(self._prefilled, tokens, layer, first, state, positions, notes)
+
+    def _prefilled(self, tokens: np.ndarray, layer: int, first: int, state: Any, positions: list[int], notes: Any) -> None:
+        size = self.form.block_tokens
+        if layer == 0:
+            parent = self.parent
+            for begin in range(self.first, len(tokens) - size + 1, size):
+                block = _Block(self.store, self.form, self.staging, parent, begin, tokens[begin : begin + size])
+                self._open.append(block)
+                parent = block.writer.id
+            if self.form.note is None:
+                size = self.form.chunk_size
+                positions = list(range((first // size + 1) * size, len(tokens) + 1, size))
+            self.notes |= {position: None if self.form.note is None else [] for position in positions}
+        if self.form.note is not None:
+            for index, position in enumerate(positions):
+                self.notes[position].append((notes, index))
+        for block in self._open:
+            self._write_layer(block, layer, state)
+        if layer == self.form.layers - 1:
+            for block in self._open:
+                self._finish(block)
+            self._open.clear()
+
+    def decoded(self, tokens: Int[np.ndarray, " T"], states: Sequence[Any]) -> None:
+        """All layers hold exactly these tokens; stores the block that ends with them, if one does."""
+        if self.error is None and len(tokens) - self.first == self.form.block_tokens:
+            self._attempt(self._store_open_block, tokens, states)
+
+    def close_turn(self, tokens: Int[np.ndarray, " T"], states: Sequence[Any]) -> list[tuple[str, int]] | None:
+        """Store what is left, wait for the disk, and return the chain of blocks that holds the tokens; None after an error."""
+        blocks = self.blocks
+        if self.error is None and len(tokens) > self.first:
+            blocks = [*blocks, (block_id(self.parent, tokens[self.first :]), len(tokens) - self.first)]
+            self._attempt(self._store_open_block, tokens, states)
+        self._wait()
+        if self.error is not None:
+            return None
+        self.bytes_stored = sum(self.headers[block].bytes for block, _ in blocks)
+        return list(blocks)
+
+    def flush(self) -> list[Header]:
+        """Wait until all complete blocks are on disk, and return them. Raises OSError when they cannot be written."""
+        self._wait()
+        if self.error is not None:
+            raise OSError(getattr(self.error, "errno", None), f"the history cannot be written below {self.store.directory}: {self.error}")
+        return [self.headers[block] for block, _ in self.blocks]
+
+    def _wait(self) -> None:
+        wait(self._tasks)
+        self._tasks.clear()
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _store_open_block(self, tokens: np.ndarray, states: Sequence[Any]) -> None:
+        end = len(tokens)
+        self.notes[end] = None if self.form.note is None else [(_noted(state, note=self.form.note)[None], 0) for state in states]
+        if self.form.note is None:
+            self.notes |= dict.fromkeys(range(self.first + self.form.chunk_size, end, self.form.chunk_size))
+        block = _Block(self.store, self.form, self.staging, self.parent, self.first, tokens[self.first :])
+        for layer, state in enumerate(states):
+            self._write_layer(block, layer, state)
+        self._finish(block)
+
+    def _write_layer(self, block: _Block, layer: int, state: Any) -> None:
+        pages = self.take_pages(self.form, layer, state, block.first)
+        summaries = take_summaries(self.form, state, block.first)
+        if isinstance(pages, jax.Array):
+            pages.copy_to_host_async()
+        size = pages.nbytes
+        self._budget.take(size)
+
+        def task() -> None:
+            try:
+                block.write_layer(layer, pages, summaries)
+            finally:
+                self._budget.give_back(size)
+
+        block.tasks.append(self._submit(task))
+
+    def _finish(self, block: _Block) -> None:
+        notes = {position: note for position, note in self.notes.items() if block.first < position <= block.end}
+
+        def task() -> None:
+            self.headers[block.writer.id] = block.finish(notes)
+
+        self._submit(task)
+        if len(block.tokens) == self.form.block_tokens:
+            self._passed(block.writer.id, len(block.tokens))
+            self.notes = {position: note for position, note in self.notes.items() if position > block.end}
+
+    def _passed(self, block: str, tokens: int) -> None:
+        self.blocks.append((block, tokens))
+        self.parent, self.first = block, self.first + tokens
+
+    def _submit(self, task: Callable[[], Any]) -> Future:
+        def guarded() -> Any:
+            try:
+                return task()
+            except Exception as error:
+                self.error = self.error or error
+                raise
+
+        future = self._pool.submit(guarded)
+        self._tasks.append(future)
+        return future
+
+    def _attempt(self, action: Callable[..., None], *arguments: Any) -> None:
+        """Storage trouble of any kind must not end a generation."""
+        try:
+            action(*arguments)
+        except (OSError, ValueError) as error:
+            self.error = error
+
+
+_noted = jax.jit(lambda state, note: note(state), static_argnames="note")

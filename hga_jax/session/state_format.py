@@ -1,0 +1,183 @@
+"""A layer's state taken apart into stretches of plain arrays, and put together again: all that storage knows about attention.
+
+Pages and summaries of a stretch of tokens never change once its chunks are closed. Of the remembered requests only those of the last two
+chunks matter to the queries that follow, so that a *reuse point* is described by two bits a page.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int, UInt8
+
+from hga_jax.attention import HGAAttention
+from hga_jax.backend import AttentionBackend
+from hga_jax.blocks import LayerState
+from hga_jax.cache import DeviceHistory, HostHistory
+from hga_jax.cache.disk import PAGES, REQUESTS, ArraySpec
+from hga_jax.cache.window import window_places
+from hga_jax.config import HGAConfig, ModelConfig
+from pallas_kernels.routed_decode_attention import copy_pages
+
+CHUNKS_A_BLOCK = 16  # 1024 tokens: 2 MB a layer of Qwen3-30B; what a turn rewrites at most
+DENSE_CHUNK = 64  # dense attention has no chunks; reuse points and pieces of the same size as HGA's serve it
+
+
+@dataclass(frozen=True)
+class RequestNote:
+    """What prefill notes after every segment: 2 for pages requested in the chunk that comes next, 1 in the one before, else 0."""
+
+    chunk_size: int
+
+    def __call__(self, state: LayerState) -> UInt8[Array, "K P"]:
+        chunk = state.length // self.chunk_size
+        return jnp.maximum(state.stamps - chunk + 2, 0).astype(jnp.uint8)
+
+
+@dataclass(frozen=True)
+class StateFormat:
+    """The shapes of what is stored of each layer, for one model and attention backend.
+
+    summaries: (entries a chunk, shape of an entry, dtype) of each array the policy keeps. note: what describes a reuse point, None where
+    queries remember nothing and every chunk's end is one. hga: the settings that say which pages are windows, None for dense attention.
+    """
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    dtype: str
+    group_size: int
+    chunk_size: int
+    summaries: tuple[tuple[int, tuple[int, ...], str], ...]
+    note: RequestNote | None
+    hga: HGAConfig | None
+
+    @staticmethod
+    def of(backend: AttentionBackend, config: ModelConfig, dtype: Any) -> StateFormat:
+        hga = isinstance(backend, HGAAttention)
+        chunk = backend.config.chunk_size if hga else DENSE_CHUNK
+        group = backend.config.group_size if hga else backend.page_size
+        state = jax.eval_shape(lambda: backend.init_state(chunk, config.kv_heads, config.head_dim, dtype))
+        leaves = jax.tree.leaves(state.summaries) if hga else []
+        summaries = tuple((leaf.shape[1], leaf.shape[2:], jnp.dtype(leaf.dtype).name) for leaf in leaves)
+        note = RequestNote(chunk) if hga and state.stamps is not None else None
+        settings = backend.config if hga else None
+        return StateFormat(
+            config.layers, config.kv_heads, config.head_dim, jnp.dtype(dtype).name, group, chunk, summaries, note, settings
+        )  # fmt: skip
+
+    @property
+    def block_tokens(self) -> int:
+        return CHUNKS_A_BLOCK * self.chunk_size
+
+    @property
+    def page_bytes(self) -> int:
+        return 2 * self.group_size * self.head_dim * jnp.dtype(self.dtype).itemsize
+
+    def chunks(self, tokens: int) -> int:
+        """Chunks that `tokens` tokens touch."""
+        return -(-tokens // self.chunk_size)
+
+    def pages(self, tokens: int) -> int:
+        """Pages that `tokens` tokens touch."""
+        return -(-tokens // self.group_size)
+
+    def arrays(self, tokens: int, end: int, points: int) -> dict[str, ArraySpec]:
+        """The stored arrays of a block of `tokens` tokens that ends at position `end`, with `points` reuse points."""
+        per_chunk = self.chunk_size // self.group_size
+        tail = (2, self.group_size, self.head_dim)
+        held = (self.layers, self.kv_heads, self.pages(tokens), *tail)
+        specs = {PAGES: ArraySpec(held, self.dtype, (1, self.kv_heads, CHUNKS_A_BLOCK * per_chunk, *tail), (1, 1, per_chunk, *tail))}
+        for i, (entries, shape, dtype) in enumerate(self.summaries):
+            held = (self.layers, self.kv_heads, entries * self.chunks(tokens), *shape)
+            specs[f"summaries.{i}"] = ArraySpec(held, dtype, held, (1, *held[1:]))
+        if self.note is not None and points:
+            held = (self.layers, points, self.kv_heads, -(-self.pages(end) // 4))
+            specs[REQUESTS] = ArraySpec(held, "uint8", held, (self.layers, 1, *held[2:]))
+        return specs
+
+
+def history_of(state: Any) -> Any:
+    """The K/V history inside a layer's state."""
+    return state.history if isinstance(state, LayerState) else state
+
+
+@partial(jax.jit, static_argnames="pages")
+def _pages(history: Any, first: Int[Array, ""], *, pages: int) -> Float[Array, "K n 2 g H"]:
+    if isinstance(history, HostHistory) and jax.default_backend() != "cpu":  # only kernels read host memory in place
+        empty = jnp.zeros((history.kv_heads, pages, *history.pages.shape[2:]), history.pages.dtype)
+        return copy_pages(
+            empty, history.typed().pages, target_page=jnp.int32(0), source_page=first, count=jnp.int32(pages), most=pages,
+            implementation="pallas",
+        )  # fmt: skip
+    return lax.dynamic_slice_in_dim(history.pages, first, pages, axis=1)
+
+
+@partial(jax.jit, static_argnames=("chunks", "per_chunk"))
+def _summaries(summaries: Any, first: Int[Array, ""], *, chunks: int, per_chunk: tuple[int, ...]) -> list[Array]:
+    leaves = zip(jax.tree.leaves(summaries), per_chunk, strict=True)
+    return [lax.dynamic_slice_in_dim(leaf, first * entries, chunks * entries, axis=1) for leaf, entries in leaves]
+
+
+def take_pages(form: StateFormat, layer: int, state: Any, first: int) -> Any:
+    """A copy of the pages of a block from token `first` on, or what the history has room for: one program serves all lengths."""
+    history = history_of(state)
+    return _pages(history, jnp.int32(first // form.group_size), pages=form.pages(min(form.block_tokens, history.capacity - first)))
+
+
+def take_summaries(form: StateFormat, state: Any, first: int) -> list[Array]:
+    """Copies of a block's summaries, likewise."""
+    if not form.summaries:
+        return []
+    chunks = form.chunks(min(form.block_tokens, history_of(state).capacity - first))
+    per_chunk = tuple(entries for entries, _, _ in form.summaries)
+    return _summaries(state.summaries, jnp.int32(first // form.chunk_size), chunks=chunks, per_chunk=per_chunk)
+
+
+def pack(notes: UInt8[np.ndarray, "*n P"], pages: int) -> UInt8[np.ndarray, "*n B"]:
+    """Notes of the first `pages` pages, four a byte, the first in the lowest bits; pages that the notes do not reach are zero."""
+    size = -(-pages // 4) * 4
+    notes = notes[..., :pages]
+    notes = np.pad(notes, ((0, 0),) * (notes.ndim - 1) + ((0, size - notes.shape[-1]),))
+    four = notes.reshape(*notes.shape[:-1], -1, 4)
+    return four[..., 0] | four[..., 1] << 2 | four[..., 2] << 4 | four[..., 3] << 6
+
+
+def unpack(packed: UInt8[np.ndarray, "*n B"]) -> UInt8[np.ndarray, "*n P"]:
+    """The inverse of `pack`, with up to three pages more at the end."""
+    return np.stack([packed >> shift & 3 for shift in (0, 2, 4, 6)], axis=-1).reshape(*packed.shape[:-1], -1)
+
+
+def with_pages(form: StateFormat, state: Any, length: int, pages: Float[np.ndarray, "K P 2 g H"]) -> Any:
+    """The state with these pages, of which `length` tokens count, for its history."""
+    history = history_of(state)
+    if isinstance(history, DeviceHistory):
+        history = replace(history, pages=jnp.array(pages), length=jnp.int32(length))
+    else:
+        places = np.asarray(window_places(jnp.int32(length), form.hga).pages)
+        window = jnp.array(pages[:, np.clip(places, 0, pages.shape[1] - 1)])
+        on_host = jnp.array(pages) if jax.default_backend() == "cpu" else jax.device_put(pages, history.pages.sharding)
+        history = replace(history, pages=on_host, window=window, length=jnp.int32(length))
+    return replace(state, history=history) if isinstance(state, LayerState) else history
+
+
+def with_memory(form: StateFormat, state: Any, length: int, summaries: list[np.ndarray], notes: UInt8[np.ndarray, "K P"] | None) -> Any:
+    """The state with these summaries, and the requests that matter to queries from token `length` on."""
+    if not isinstance(state, LayerState):
+        return state
+    leaves, tree = jax.tree.flatten(state.summaries)
+    filled = jax.tree.unflatten(tree, [jnp.array(data, leaf.dtype) for data, leaf in zip(summaries, leaves, strict=True)])
+    stamps = state.stamps
+    if form.note is not None and notes is not None:
+        known = np.full(stamps.shape, -2, np.int32)
+        count = min(notes.shape[1], stamps.shape[1])
+        lately = notes[:, :count].astype(np.int32)
+        known[:, :count] = np.where(lately > 0, length // form.chunk_size - 2 + lately, -2)
+        stamps = jnp.array(known)
+    return replace(state, summaries=filled, stamps=stamps)

@@ -1,0 +1,35 @@
+"""RMS normalisation: what a kernel does to its input vector on the way in, and the same in plain JAX."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+from jaxtyping import Array, Float
+
+from pallas_kernels.indexing import outer, span
+
+
+class Norm(NamedTuple):
+    """x / sqrt(mean(x^2) + eps) in float32, rounded to x's dtype, times `weight`."""
+
+    weight: Float[Array, " D"]
+    eps: float
+
+
+def rms_norm(x: Float[Array, "*T D"], norm: Norm) -> Float[Array, "*T D"]:
+    """Normalised in float32 and scaled in x's dtype, as the checkpoints were trained."""
+    wide = x.astype(jnp.float32)
+    normal = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + norm.eps)
+    return norm.weight * normal.astype(x.dtype)
+
+
+def inverse_rms(x_ref: Any, row: Any, size: int, eps: float) -> Float[Array, ""]:
+    """Inside a kernel: what row `row` of x [T, size] is multiplied by."""
+    columns = span(0, pl.next_power_of_2(size))
+    inside = columns < size
+    wide = plt.load(x_ref.at[outer(row, jnp.minimum(columns, size - 1))]).astype(jnp.float32)
+    return jax.lax.rsqrt(jnp.sum(jnp.where(inside, wide * wide, 0.0)) / size + eps)

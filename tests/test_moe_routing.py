@@ -1,0 +1,45 @@
+"""The expert choice and the embedding lookup against numpy: odd sizes, equal scores, both normalisations, tables on the host."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import host_rows, moe_routing
+from pallas_kernels.host_rows import kernel as rows_kernel
+from pallas_kernels.host_rows import reference as rows_reference
+from pallas_kernels.moe_routing import kernel, reference
+
+MODES = [pytest.param(True, id="interpret"), pytest.param(False, id="native", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("interpret", MODES)
+@pytest.mark.parametrize(("tokens", "experts", "choices"), [(1, 128, 8), (19, 12, 3), (5, 8, 8)])
+@pytest.mark.parametrize("renormalise", [True, False])
+def test_expert_choice(tokens, experts, choices, renormalise, interpret):
+    scores = np.random.default_rng(experts).standard_normal((tokens, experts)).astype(np.float32)
+    scores[0, experts // 2 :] = scores[0, experts // 2]  # equal scores: the lower expert first
+    ids, weights = reference.moe_routing(scores, choices, renormalise)
+    found = [kernel.moe_routing(jnp.asarray(scores), choices, renormalise, interpret=interpret)]
+    found.append(moe_routing.moe_routing(jnp.asarray(scores), choices, renormalise=renormalise, implementation="xla"))
+    for found_ids, found_weights in found:
+        np.testing.assert_array_equal(found_ids, ids)
+        np.testing.assert_allclose(found_weights, weights, rtol=2e-6)
+
+
+@pytest.mark.parametrize("interpret", MODES)
+@pytest.mark.parametrize(("tokens", "width"), [(1, 64), (7, 200)])
+def test_rows_of_a_host_table(tokens, width, interpret):
+    rng = np.random.default_rng(width)
+    array = rng.standard_normal((50, width)).astype(np.float32)
+    host = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+    ids = jnp.asarray(rng.integers(0, 50, tokens), jnp.int32)
+    expected = rows_reference.host_rows(array, ids)
+    table = jax.device_put(array, host)
+    out = rows_kernel.host_rows(jnp.asarray(array) if interpret else table, ids, config=host_rows.Config(columns=64), interpret=interpret)
+    np.testing.assert_array_equal(out, expected)
+    out = jax.jit(host_rows.host_rows)(table, ids)
+    np.testing.assert_array_equal(out, expected)
+    assert out.sharding.memory_kind == jnp.zeros(1).sharding.memory_kind

@@ -1,0 +1,61 @@
+"""Where weights go: the embedding table in host memory on a CUDA GPU, what the plan says of it, and loading through bounded buffers."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checkpoints import assert_same_weights
+
+from convert import load_decoder
+from convert.synthetic import make_config, write_synthetic
+from hga_jax import placement
+from hga_jax.backend import DenseAttention
+from hga_jax.bench.load import measure
+from hga_jax.config import ModelConfig
+from hga_jax.language_model import LanguageModel
+from hga_jax.plan import make_plan
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write_synthetic(tmp_path_factory.mktemp("load") / "model", "qwen3-30b-a3b-fp8", layers=2, tiny=True, max_shard_bytes=200_000)
+
+
+@pytest.mark.parametrize(("like", "hosted"), [("qwen3-30b-a3b-fp8", True), ("qwen3-0.6b", False)])
+def test_the_plan_puts_an_untied_embedding_on_the_host(like, hosted, monkeypatch):
+    """Qwen3-30B-A3B-FP8: 28.45 GiB on the device (27.0 experts, 0.84 attention, 0.58 head), 0.58 beside; a tied table stays."""
+    config = ModelConfig.from_hf(make_config(like))
+    here = make_plan(config, DenseAttention(), 1024, jnp.bfloat16)
+    monkeypatch.setattr(placement, "is_cuda", lambda device: True)
+    there = make_plan(config, DenseAttention(), 1024, jnp.bfloat16)
+    table = config.vocab_size * config.hidden_size * 2
+    assert here.host_weights == 0
+    assert there.host_weights == (table if hosted else 0)
+    assert there.weights + there.host_weights == here.weights
+    assert there.total == here.total - there.host_weights
+    assert ("pinned host" in there.table()) == hosted
+    if hosted:
+        assert there.weights / 2**30 == pytest.approx(28.45, abs=0.01)
+
+
+def test_an_embedding_on_the_host_gives_the_same_logits(checkpoint):
+    device = jax.devices()[0]
+    kinds = {kind: jax.sharding.SingleDeviceSharding(device, memory_kind=kind) for kind in ("device", "pinned_host")}
+    here, config = load_decoder(checkpoint, dtype="float32", sharding=kinds["device"])
+    there, _ = load_decoder(checkpoint, dtype="float32", sharding=lambda path: kinds["pinned_host" if path == "embedding" else "device"])
+    assert there.embedding.get_value().sharding.memory_kind == "pinned_host"
+    tokens = np.arange(20, dtype=np.int32)[None]
+    logits = [LanguageModel(decoder, config).logits(tokens, attention="dense") for decoder in (here, there)]
+    np.testing.assert_array_equal(*logits)
+
+
+@pytest.mark.parametrize("cold", [False, True])
+def test_load_is_measured_beside_reading(checkpoint, cold):
+    decoder, result = measure(checkpoint, cold=cold, readers=2)
+    assert_same_weights(decoder, load_decoder(checkpoint, dtype=decoder.embedding.get_value().dtype)[0])
+    assert result["ratio"] == pytest.approx(result["load_seconds"] / result["read_seconds"])
+    assert result["pinned_bytes"] == sum(
+        leaf.nbytes for leaf in [decoder.embedding.get_value()] if leaf.sharding.memory_kind == "pinned_host"
+    )
