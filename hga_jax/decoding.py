@@ -126,41 +126,63 @@ def _attend_requested(
     query: Float[Array, "K G H"], windows: Partial, state: LayerState, position: Array, config: HGAConfig, scale: float, how: How
 ) -> tuple[Float[Array, "K G H"], LayerState, Tally]:
     """Paper policy: each head's own pages, nothing remembered."""
-    settings, pages = how.attention(), state.history.capacity // config.group_size
-    found = paper_routing.paper_routing(
+    settings = how.attention()
+    found = _route_paper(query, state, position, config, how)
+    routed, _ = page_attention(query, found.ids, found.counts, state.history.pages, scale=scale, heads=found.heads, **settings)
+    out = merge([windows, routed], query.dtype, **settings).out
+    return out, replace(state, marks=found.marks), _paper_tally(found, query)
+
+
+def _route_paper(query: Float[Array, "K G H"], state: LayerState, position: Array, config: HGAConfig, how: How) -> Any:
+    pages = state.history.capacity // config.group_size
+    return paper_routing.paper_routing(
         query, state.summaries.chunks, state.summaries.groups, state.marks, position // config.chunk_size,
         sink_chunks=config.sink_chunks, local_chunks=config.local_chunks, top_chunks=config.top_chunks, top_groups=config.top_groups,
         capacity=min(query.shape[1] * (config.top_groups // 2), pages), **how.plain(),
     )  # fmt: skip
-    routed, _ = page_attention(query, found.ids, found.counts, state.history.pages, scale=scale, heads=found.heads, **settings)
-    out = merge([windows, routed], query.dtype, **settings).out
+
+
+def _paper_tally(found: Any, query: Float[Array, "K G H"]) -> Tally:
     live = jnp.arange(found.heads.shape[1]) < found.counts[:, :1]
     seen = jnp.where(live, lax.population_count(found.heads), 0).sum() / (query.shape[0] * query.shape[1])
-    return out, replace(state, marks=found.marks), Tally(found.counts, seen)
+    return Tally(found.counts, seen)
 
 
 def _attend_remembered(
     query: Float[Array, "K G H"], windows: Partial, state: LayerState, position: Array, config: HGAConfig, scale: float, how: How
 ) -> tuple[Float[Array, "K G H"], LayerState, Tally]:
     """Sketch policy: pages that stay open from earlier requests, then those that this token opens."""
-    summaries = state.summaries
-    own_chunk, next_chunk = position // config.chunk_size, (position + 1) // config.chunk_size
+    own_chunk = position // config.chunk_size
     before = state.carried or carried_pages(state, position, config, how)
-    rotation = jnp.asarray(built_in_rotation(query.shape[2]))
-    columns = sketch_routing.query_columns(query, rotation, **how.plain())
     bank = getattr(state.history, "bank", None)
     carried, bank, hits = _attend_listed(query, before, state.history.pages, bank, state.stamps, own_chunk - 1, scale, how)
-    found = sketch_routing.sketch_routing(
-        columns, summaries.means, summaries.codes, summaries.scales, state.stamps, windows.stats, own_chunk, next_chunk,
-        sink_chunks=config.sink_chunks, local_chunks=config.local_chunks, group_size=config.group_size,
-        threshold=config.threshold_for(query.shape[1]), capacity=before.ids.shape[1], scale=scale, **how.sketch(),
-    )  # fmt: skip
+    found = _route_sketch(query, windows, state, before, position, config, scale, how)
     fresh, bank, more = _attend_listed(query, found.fresh, state.history.pages, bank, found.stamps, own_chunk - 1, scale, how)
     merged = merge([windows, carried, fresh], query.dtype, hand_over=tuple(zip(found.carried, before, strict=True)), **how.attention())
     history = state.history if bank is None else replace(state.history, bank=bank)
     after = PageList(*merged.targets) if state.carried is not None else None
     tally = Tally(found.counts, found.counts[:, 0].mean(), found.unopened, None if bank is None else hits + more)
     return merged.out, replace(state, history=history, stamps=found.stamps, carried=after), tally
+
+
+def _route_sketch(
+    query: Float[Array, "K G H"],
+    windows: Partial,
+    state: LayerState,
+    before: PageList,
+    position: Array,
+    config: HGAConfig,
+    scale: float,
+    how: How,
+) -> sketch_routing.Pages:
+    summaries = state.summaries
+    columns = sketch_routing.query_columns(query, jnp.asarray(built_in_rotation(query.shape[2])), **how.plain())
+    return sketch_routing.sketch_routing(
+        columns, summaries.means, summaries.codes, summaries.scales, state.stamps, windows.stats, position // config.chunk_size,
+        (position + 1) // config.chunk_size, sink_chunks=config.sink_chunks, local_chunks=config.local_chunks,
+        group_size=config.group_size, threshold=config.threshold_for(query.shape[1]), capacity=before.ids.shape[1], scale=scale,
+        **how.sketch(),
+    )  # fmt: skip
 
 
 def _attend_listed(
@@ -209,3 +231,61 @@ def close_chunk(state: LayerState, held: Int[Array, ""], config: HGAConfig, poli
     keys = keys.reshape(keys.shape[0], config.chunk_size, keys.shape[-1])
     summaries = write(state.summaries, policy.summarise(keys), chunk, 1)
     return replace(state, history=history, summaries=summaries)
+
+
+class Awaited(NamedTuple):
+    """A token between `open_token` and `finish_token`: what it asks for, and what was computed meanwhile.
+
+    lists: the pages, in one or two lists of each kv head. heads: as in page_attention, for the only list; None: every head sees every page.
+    """
+
+    query: Float[Array, "K G H"]
+    windows: Partial
+    lists: tuple[PageList, ...]
+    heads: Int[Array, "K M"] | None
+    tally: Tally
+
+
+def open_token(
+    query: Float[Array, "N H"],
+    key: Float[Array, "K H"],
+    value: Float[Array, "K H"],
+    state: LayerState,
+    position: Int[Array, ""],
+    config: HGAConfig,
+    scale: float,
+    how: How,
+) -> tuple[Awaited, LayerState]:
+    """The first half of `decode_token`, for a history whose pages somebody has to bring first."""
+    kv_heads, width = key.shape
+    query = query.reshape(kv_heads, -1, width)
+    places = window_places(position, config)
+    fresh = FreshToken(key, value, jnp.stack([places.open_place, position % config.group_size]))
+    windows, history = _attend_windows(query, places, fresh, state.history, scale, how)
+    state = replace(state, history=history)
+    if config.policy == "paper":
+        found = _route_paper(query, state, position, config, how)
+        awaited = Awaited(query, windows.partial, (PageList(found.ids, found.counts[:, :1]),), found.heads, _paper_tally(found, query))
+        return awaited, replace(state, marks=found.marks)
+    before = carried_pages(state, position, config, how)
+    found = _route_sketch(query, windows.partial, state, before, position, config, scale, how)
+    tally = Tally(found.counts, found.counts[:, 0].mean(), found.unopened)
+    return Awaited(query, windows.partial, (before, found.fresh), None, tally), replace(state, stamps=found.stamps)
+
+
+def finish_token(
+    awaited: Awaited,
+    pages: Float[Array, "K M 2 g H"],
+    count: Int[Array, "K 1"],
+    position: Int[Array, ""],
+    config: HGAConfig,
+    scale: float,
+    how: How,
+) -> tuple[Float[Array, "N H"], Stats]:
+    """The second half: `pages` are those of the lists, one list after the other, the first `count` of each kv head."""
+    query = awaited.query
+    ids = jnp.broadcast_to(jnp.arange(pages.shape[1], dtype=jnp.int32), pages.shape[:2])
+    heads = None if awaited.heads is None else awaited.heads[:, : pages.shape[1]]
+    routed, _ = page_attention(query, ids, count, pages, scale=scale, heads=heads, **how.attention())
+    out = merge([awaited.windows, routed], query.dtype, **how.attention()).out
+    return out.reshape(-1, query.shape[2]), _stats(awaited.tally, window_places(position, config), position, config)

@@ -25,8 +25,11 @@ class Counters:
 
 
 class PageCache:
-    """At most `limit` bytes of pages, the least recently used ones given up first.
+    """At most `limit` bytes of pages.
 
+    Layers come in turn, token by token, and want most of what they wanted at the last token. So what was wanted at this token or the last
+    one stays, and of the rest the least recently used gives way: with plain LRU, a cache smaller than a token's pages would lose each
+    before it is wanted again.
     read: (layer, kv heads [n], chunks [n]) -> a future of their pages [n, pages a chunk, 2, g, H]; may take several at a time.
     Not safe for use by several threads.
     """
@@ -38,8 +41,8 @@ class PageCache:
         self.data: Num[np.ndarray, "slots p 2 g H"] = np.zeros((slots, *piece), self.dtype)
         self.slot_of = np.full((layers, kv_heads * chunks), -1, np.int32)
         self.owner = np.full(slots, -1, np.int64)  # flat index into slot_of
-        self.used = np.zeros(slots, np.int64)  # when a slot was last wanted
-        self.now = 0
+        self.used = np.full(slots, -2, np.int64)  # the token that wanted a slot last
+        self.now, self.last_layer = 0, -1
         self.ahead: dict[int, tuple[np.ndarray, Any]] = {}  # pieces being read before they are asked for, by layer
         self.wanted_last: dict[int, np.ndarray] = {}
         self.counters = Counters()
@@ -55,7 +58,8 @@ class PageCache:
 
     def pages(self, layer: int, heads: Int[np.ndarray, " n"], pages: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n 2 g H"]:
         """The named pages of a layer, those not in the cache from disk."""
-        self.now += 1
+        self.now += layer <= self.last_layer  # the layers begin anew: the next token
+        self.last_layer = layer
         per_chunk = self.piece[0]
         keys, inverse, counts = np.unique(heads * self.chunks + pages // per_chunk, return_inverse=True, return_counts=True)
         slots = self.slot_of[layer, keys]
@@ -95,7 +99,7 @@ class PageCache:
         if not count:
             return
         victims = np.argpartition(self.used, count - 1)[:count]
-        victims = victims[self.used[victims] < self.now]  # what this call itself wanted stays
+        victims = victims[self.used[victims] < self.now - 1]
         keys, fresh = keys[: len(victims)], fresh[: len(victims)]
         old = self.owner[victims]
         self.slot_of.reshape(-1)[old[old >= 0]] = -1

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,28 +26,16 @@ from hga_jax.cache.disk_history import DiskHistory
 from hga_jax.cache.page_cache import PageCache
 from hga_jax.cache.window import place_of, window_places
 from hga_jax.config import HGAConfig, RopeConfig
-from hga_jax.decoding import How, _attend_windows, _route, _stats, close_chunk, unsupported
+from hga_jax.decoding import Awaited, How, cannot_decode, close_chunk, finish_token, open_token
 from hga_jax.model import Decoder, DecoderLayer
 from hga_jax.policies import policy_for
 from hga_jax.sampling import Sampling, sample
 from hga_jax.session.recording import Recorder
 from hga_jax.session.reuse import Memory, Stored, open_pages, read_pages
 from hga_jax.session.state_format import StateFormat, take_pages
-from hga_jax.sketches import built_in_rotation
-from pallas_kernels import dispatch, routed_decode_attention
+from pallas_kernels import dispatch
 
 SMALLEST_LIST = 64  # pages a kv head that one attention program takes at least; longer lists come in powers of two
-
-
-class Opened(NamedTuple):
-    """What the first half of a layer leaves for the second. pages: ids [K, M] and counts [K, 2]."""
-
-    query: Float[Array, "K G H"]
-    windows: Any
-    ids: Int[Array, "K M"]
-    counts: Int[Array, "K 2"]
-    seen_by: Int[Array, "K M"] | None
-    unopened: Float[Array, "K G"] | None
 
 
 class DiskTier:
@@ -60,7 +48,7 @@ class DiskTier:
         config = backend.config
         self.store, self.form, self.config, self.rope = store, form, config, backend.rope
         self.capacity = -(-capacity // config.chunk_size) * config.chunk_size
-        reason = unsupported(config, heads, form.kv_heads, self.capacity, form.head_dim)
+        reason = cannot_decode(config, heads, form.kv_heads, self.capacity, form.head_dim)
         self.how = How(dispatch.choose("decoding", backend.implementation, reason))
         page = (2, form.group_size, form.head_dim)
         self.block_pages = form.pages(form.block_tokens)
@@ -145,10 +133,11 @@ class DiskTier:
         where = jnp.int32(position)
         for index, (layer, state) in enumerate(zip(decoder.layers, states, strict=True)):
             self.cache.prefetch(index)
-            opened, state = _open_pages(layer, x, where, state, config=self.config, how=self.how)
+            awaited, state = _open_layer(layer, x, where, state, config=self.config, how=self.how)
             self.cache.prefetch((index + 1) % len(states))
-            pages, size = self._gather(index, np.asarray(opened.ids), np.asarray(opened.counts)[:, 0], position)
-            x, stats = _finish_layer(layer, x, where, opened, jnp.asarray(pages), config=self.config, how=self.how, most=size)
+            lists = [(np.asarray(ids), np.asarray(count)[:, 0]) for ids, count in awaited.lists]
+            pages, count = self._gather(index, lists, position)
+            x, stats = _finish_layer(layer, x, where, awaited, jnp.asarray(pages), count, config=self.config, how=self.how)
             total = total + stats
             done.append(state)
         after = self.cache.counters
@@ -157,24 +146,29 @@ class DiskTier:
         return _head(decoder, x), tuple(done), total
 
     def _gather(
-        self, layer: int, ids: Int[np.ndarray, "K M"], counts: Int[np.ndarray, " K"], position: int
-    ) -> tuple[Float[np.ndarray, "K n 2 g H"], int]:
-        """The opened pages of each kv head, and how many there is room for."""
+        self, layer: int, lists: Sequence[tuple[Int[np.ndarray, "K _"], Int[np.ndarray, " K"]]], position: int
+    ) -> tuple[Float[np.ndarray, "K n 2 g H"], Int[np.ndarray, "K 1"]]:
+        """The listed pages of each kv head, one list after the other, in an array of one of few sizes; and how many they are."""
+        total = sum(count for _, count in lists)
         size = SMALLEST_LIST
-        while size < counts.max(initial=0):
+        while size < total.max(initial=0):
             size *= 2
-        size = min(size, ids.shape[1])
+        ids, places = np.zeros((len(total), size), np.int64), np.arange(size)
+        begin = np.zeros(len(total), np.int64)
+        for listed, count in lists:
+            heads, rank = np.nonzero(np.arange(listed.shape[1]) < count[:, None])
+            ids[heads, begin[heads] + rank] = listed[heads, rank]
+            begin += count
         out = np.zeros((len(ids), size, *self.tail.shape[3:]), self.tail.dtype)
-        heads, places = np.nonzero(np.arange(size) < counts[:, None])
-        pages = ids[heads, places]
-        first = self._tail_page(position)
+        heads, places = np.nonzero(places < total[:, None])
+        pages, first = ids[heads, places], self._tail_page(position)
         recent = pages >= first
         out[heads[recent], places[recent]] = self.tail[layer, heads[recent], pages[recent] - first]
         if not recent.all():
             out[heads[~recent], places[~recent]] = self.cache.pages(layer, heads[~recent], pages[~recent])
         self.cache.counters.wanted += int(recent.sum())
         self.cache.counters.found += int(recent.sum())
-        return out, size
+        return out, total[:, None].astype(np.int32)
 
     def _settle(self, states: tuple[LayerState, ...], held: int) -> tuple[LayerState, ...]:
         """Summarise the newest chunk, and keep its pages in the open block."""
@@ -284,42 +278,28 @@ def _window_of(history: DiskHistory, buffer: Float[Array, "K P 2 g H"], end: Int
 
 
 @partial(jax.jit, static_argnames=("config", "how"), donate_argnames="state")
-def _open_pages(
+def _open_layer(
     layer: DecoderLayer, x: Float[Array, " D"], position: Int[Array, ""], state: LayerState, *, config: HGAConfig, how: How
-) -> tuple[Opened, LayerState]:
-    q, k, v = layer.attention.project(layer.attention_norm(x)[None], position[None])
-    grouped = q[0].reshape(k.shape[1], -1, q.shape[-1])
-    places, scale = window_places(position, config), q.shape[-1] ** -0.5
-    rotation = jnp.asarray(built_in_rotation(q.shape[-1])) if config.policy == "sketch" else None
-    fresh = routed_decode_attention.FreshToken(k[0], v[0], jnp.stack([places.open_place, position % config.group_size]))
-    windows, history = _attend_windows(grouped, places, fresh, state.history, rotation, scale, how)
-    state = replace(state, history=history)
-    state, pages, seen_by, unopened = _route(grouped, windows, position // config.chunk_size, state, config, scale, how)
-    return Opened(grouped, windows.partial, pages.ids, pages.counts, seen_by, unopened), state
+) -> tuple[Awaited, LayerState]:
+    q, k, v = layer.attention.project(x[None], layer.attention_norm, position[None])
+    return open_token(q[0], k[0], v[0], state, position, config, q.shape[-1] ** -0.5, how)
 
 
-@partial(jax.jit, static_argnames=("config", "how", "most"))
+@partial(jax.jit, static_argnames=("config", "how"))
 def _finish_layer(
     layer: DecoderLayer,
     x: Float[Array, " D"],
     position: Int[Array, ""],
-    opened: Opened,
+    awaited: Awaited,
     pages: Float[Array, "K n 2 g H"],
+    count: Int[Array, "K 1"],
     *,
     config: HGAConfig,
     how: How,
-    most: int,
 ) -> tuple[Float[Array, " D"], Stats]:
-    query, settings = opened.query, how.settings()
-    ids = jnp.broadcast_to(jnp.arange(most, dtype=jnp.int32), (query.shape[0], most))
-    seen_by = None if opened.seen_by is None else opened.seen_by[:, :most]
-    scale = query.shape[-1] ** -0.5
-    routed, _ = routed_decode_attention.page_attention(query, ids, opened.counts, pages, scale=scale, heads=seen_by, **settings)
-    out = routed_decode_attention.merge([opened.windows, routed], x.dtype, **settings)
-    x = x + layer.attention.o(out.reshape(-1))
-    x = x + layer.mlp(layer.mlp_norm(x)[None])[0]
-    places = window_places(position, config)
-    return x, _stats(opened.counts, seen_by, opened.unopened, None, places, position, query.shape[1], config)
+    out, stats = finish_token(awaited, pages, count, position, config, pages.shape[-1] ** -0.5, how)
+    x = layer.attention.o(out.reshape(-1), x)
+    return layer.mlp(x[None], layer.mlp_norm)[0], stats
 
 
 @partial(jax.jit, static_argnames=("config", "rope", "how"), donate_argnames="state")
