@@ -245,7 +245,8 @@ def test_killed_writer_leaves_the_last_completed_turn(model, tmp_path):
     The writer is stopped, its folder copied as it is at that moment, and the writer let go on; at the end it is killed.
     """
     program = [sys.executable, Path(__file__).parent / "session_cases.py", tmp_path / "live"]
-    writer = subprocess.Popen(program, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])})
+    same = {"PYTHONPATH": str(Path(__file__).parents[1]), "JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}  # bit for bit, as conftest.py sets it
+    writer = subprocess.Popen(program, stdout=subprocess.PIPE, text=True, env=os.environ | same)
     lines = [writer.stdout.readline()]  # the first turn is there
     os.set_blocking(writer.stdout.fileno(), False)
     generator, reported = np.random.default_rng(0), []
