@@ -39,8 +39,8 @@ def _hopper() -> bool:
 def default(dtype: Any, head_dim: int) -> Config:
     """The measured choice; float32 multiplies without tensor cores, on tiles that fit in registers.
 
-    H100 80GB, JAX 0.11.2, one layer in bfloat16: 32 query heads, 4 kv heads, H 128, T = S = 65,536, 1,970 tokens a block and kv head (random
-    pages), medians of ms and TFLOP/s of 4 * H * rows * tokens. cuDNN's causal attention took 57.7 ms (610 TFLOP/s) in the same run.
+    H100 80GB, JAX 0.11.2, one layer in bfloat16: 32 query heads, 4 kv heads, H 128, T = S = 65,536, 1,970 tokens a block and kv head
+    (random pages), medians of ms and TFLOP/s of 4 * H * rows * tokens. cuDNN's causal attention took 57.7 ms (610 TFLOP/s) in the same run.
 
     | rows | keys | warps | stages | KB shared | ms | TFLOP/s |
     |---|---|---|---|---|---|---|
@@ -55,8 +55,8 @@ def default(dtype: Any, head_dim: int) -> Config:
     Lists that drift slowly take the same 5.88 ms, one list for all blocks 5.74, windows alone (701 tokens) 2.38. L2 is 29 % busy, 95 % of
     reads hit it, device memory 6 %: gathering pages is not the limit. All settings keep two warps a scheduler, each of which issues an
     instruction every 5.6 cycles: the limit is the latency of the softmax between two products.
-    Off SM90 the tensor cores take operands from registers, and eight warps leave room for them: compiled for SM80 and SM120 (64 KB of shared
-    memory, at most 20 bytes spilled), not measured there.
+    Off SM90 the tensor cores take operands from registers, and eight warps leave room for them: compiled for SM80 and SM120 (64 KB of
+    shared memory, at most 20 bytes spilled), not measured there. Measure with `python -m hga_jax.bench page_attention`.
     """
     if dtype == jnp.float32:
         return Config(rows=16, keys=32, warps=4, stages=1)
