@@ -38,6 +38,7 @@ class HGAConfig:
     threshold: sketch policy, the share of a query's attention mass above which a page is opened (0 < threshold < 1), or a level of QUALITY,
     whose threshold depends on how many query heads share a kv head.
     page_capacity: sketch policy, the most routed pages of a kv head open at a time; further requests are refused, in query order.
+    Decode kernels keep several lists a kv head, with room for as many pages twice over, and refuse when one is full.
     screening: sketch policy, how prefill finds pages. "off": every query scans the sketch of every token. "on": every screen_stride-th
     query looks at each page's mean key plus screen_spread standard deviations; pages that reach screen_margin of the threshold, as a share
     of the windows' mass, are candidates from there to the end of the next chunk. Every request_stride-th query requests those of them whose
