@@ -19,6 +19,8 @@ from hga_jax.placement import on_host
 from hga_jax.programs import SEGMENT, SUPER_BLOCK, padded_size, segment_of
 
 GIB = 2**30
+BANK_SHARE = 1 / 8  # of the history's pages: several times what is open at a time at 64K, so that hardly one is fetched twice
+UNPLANNED = 0.1  # of the device's memory, left to what the table does not count: the compiler's temporaries, fragments
 MAIN_MEMORY = "available main memory"
 
 
@@ -168,7 +170,22 @@ def place_history(
     if tier == "disk":
         return replace(backend, tier="device", bank_pages=0), _plan_on_disk(config, backend, ctx, dtype, host_memory, device)
     backend = replace(backend, tier=tier)
+    plan = make_plan(config, backend, ctx, dtype, device)
+    bank = _bank_pages(config, backend, plan, dtype)
+    if not bank:
+        return backend, plan
+    backend = replace(backend, bank_pages=bank)
     return backend, make_plan(config, backend, ctx, dtype, device)
+
+
+def _bank_pages(config: ModelConfig, backend: HGAAttention, plan: Plan, dtype: Any) -> int:
+    """Pages of a kv head that fit on the device beside everything else, at most a share of the history; 0 where a bank is of no use."""
+    if plan.tier != "host" or not plan.host or plan.limit is None or backend.config.policy != "sketch":
+        return 0
+    group = backend.config.group_size
+    page_bytes = config.layers * config.kv_heads * 2 * group * config.head_dim * jnp.dtype(dtype).itemsize
+    spare = plan.limit * (1 - UNPLANNED) - plan.total
+    return max(min(int(spare // page_bytes), int(plan.ctx // group * BANK_SHARE)), 0)
 
 
 def _plan_on_disk(
