@@ -340,7 +340,7 @@ def _attend_backward(config, rope, scale, implementation, kept, cotangents) -> t
     def one(item: tuple) -> tuple[Array, Array, Array]:
         q, k, v, start, count, out, opened, d_out = item
         pages = jax.eval_shape(lambda: _whole_history(k, v, config).pages)
-        reason = sketch_prefill_routing.unsupported(q, pages, config.chunk_size, config.group_size)
+        reason = unsupported(q, pages, config.chunk_size, config.group_size)
         chosen = "xla" if len(q) == 1 else choose("hga gradient", implementation, reason)
         return routed_attention_gradient(d_out, out, q, k, v, start, count, opened, config, scale, chosen)
 
