@@ -19,8 +19,7 @@ TOKENS = 2**20
 
 
 def gpu(gib):
-    device = Mock(spec=jax.Device, platform="gpu", device_kind="made-up GPU")
-    device.client.platform_version = "made up"
+    device = Mock(spec=jax.Device, platform="gpu", device_kind="made-up GPU", client=Mock(platform_version="made up"))
     device.memory_stats = lambda: {"bytes_limit": int(gib * GIB)}
     return device
 
