@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import jax
@@ -17,7 +18,8 @@ from session_cases import CTX, HGA, prompt, tiny_model, turn, turns
 
 from hga_jax.cache import disk
 from hga_jax.config import HGAConfig
-from hga_jax.session import StoreError
+from hga_jax.loading import load_model
+from hga_jax.session import StoreError, recording
 from hga_jax.session.__main__ import check
 from hga_jax.session.__main__ import main as command
 from hga_jax.session.folder import sessions
@@ -49,6 +51,29 @@ def test_reopened_session_goes_on_as_if_never_closed(model, tmp_path, tokens):
         assert result.reused_tokens == tokens + 7
         assert result.tokens == second
         assert_same_states(session._states, states)
+
+
+@pytest.mark.model
+def test_real_model_goes_on_with_the_same_logits(tmp_path, monkeypatch):
+    """SmolLM2, closed and opened again with 62, 64 and 66 tokens held: bit for bit the states of a session that stayed open."""
+    monkeypatch.setattr(recording, "CPU_SEGMENT", 64)  # what is computed for a few tokens
+    model = load_model()
+
+    def talk(folder: Path, reopen: bool) -> tuple:
+        with ExitStack() as stack:
+            session = stack.enter_context(model.session(folder, ctx=256))
+            for seed, tokens in ((1, 62), (2, 1), (3, 1), (4, 10)):
+                if reopen and seed > 1:
+                    session.close()
+                    session = stack.enter_context(model.session(folder, ctx=256))
+                result = session.generate(prompt(seed, tokens), max_new_tokens=1)
+                assert result.reused_tokens == (0 if seed == 1 else 58 + 2 * seed)
+            return result.tokens, session._states
+
+    tokens, states = talk(tmp_path / "kept" / "a", reopen=False)
+    again, restored = talk(tmp_path / "closed" / "a", reopen=True)
+    assert again == tokens
+    assert_same_states(restored, states)
 
 
 def test_dense_attention_is_stored_too(model, tmp_path):
