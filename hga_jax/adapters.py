@@ -142,6 +142,8 @@ class AttentionCache:
         for name, value in (("batch", batch), ("capacity", capacity), ("kv_heads", kv_heads), ("head_dim", head_dim)):
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
+        if getattr(attention, "tier", "device") != "device":
+            raise ValueError(f"tier={attention.tier!r}: AttentionCache keeps its history on the device; for other tiers use LanguageModel")
         states = tuple(attention.init_state(capacity, kv_heads, head_dim, dtype) for _ in range(batch))
         return AttentionCache(states, attention)
 
@@ -186,4 +188,8 @@ def _prefill(query: Array, key: Array, value: Array, state: Any, count: Array, *
 
 @partial(jax.jit, static_argnames="backend")
 def _decode(query: Array, key: Array, value: Array, state: Any, *, backend: AttentionBackend) -> tuple[Array, Any, Stats]:
-    return backend.decode(query, key, value, state)
+    out, state, stats = backend.decode(query, key, value, state)
+    if backend.settle_every is not None:
+        held = state.length
+        state = jax.lax.cond(held % backend.settle_every == 0, lambda state: backend.settle(state, held), lambda state: state, state)
+    return out, state, stats

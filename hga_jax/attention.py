@@ -339,7 +339,10 @@ def _attend_backward(config, rope, scale, implementation, kept, cotangents) -> t
 
     def one(item: tuple) -> tuple[Array, Array, Array]:
         q, k, v, start, count, out, opened, d_out = item
-        return routed_attention_gradient(d_out, out, q, k, v, start, count, opened, config, scale)
+        pages = jax.eval_shape(lambda: _whole_history(k, v, config).pages)
+        reason = unsupported(q, pages, config.chunk_size, config.group_size)
+        chosen = "xla" if len(q) == 1 else choose("hga gradient", implementation, reason)
+        return routed_attention_gradient(d_out, out, q, k, v, start, count, opened, config, scale, chosen)
 
     starts, counts = jnp.broadcast_to(start, batch), jnp.broadcast_to(count, batch)
     gradients = jax.lax.map(one, (query, key, value, starts, counts, out, opened, cotangents[0]))
@@ -351,9 +354,13 @@ _attend_batch.defvjp(_attend_forward, _attend_backward)
 
 def _whole_state(key: Float[Array, "S K H"], value: Float[Array, "S K H"], config: HGAConfig, policy: Policy) -> LayerState:
     """The state that holds all tokens of one sequence."""
-    capacity = -(-key.shape[0] // config.chunk_size) * config.chunk_size
-    state = new_state(DeviceHistory.holding(key, value, config.group_size, capacity), key.dtype, config, policy)
-    return summarise_new(state, jnp.int32(0), capacity, config, policy)
+    history = _whole_history(key, value, config)
+    state = new_state(history, key.dtype, config, policy)
+    return summarise_new(state, jnp.int32(0), history.capacity, config, policy)
+
+
+def _whole_history(key: Float[Array, "S K H"], value: Float[Array, "S K H"], config: HGAConfig) -> DeviceHistory:
+    return DeviceHistory.holding(key, value, config.group_size, -(-key.shape[0] // config.chunk_size) * config.chunk_size)
 
 
 def _each_sequence(one: Callable, query: Array, key: Array, value: Array, start: Array, count: Array) -> Any:

@@ -38,10 +38,12 @@ class HGAConfig:
     threshold: sketch policy, the share of a query's attention mass above which a page is opened (0 < threshold < 1), or a level of QUALITY,
     whose threshold depends on how many query heads share a kv head.
     page_capacity: sketch policy, the most routed pages of a kv head open at a time; further requests are refused, in query order.
+    Decode kernels keep several lists a kv head, with room for as many pages twice over, and refuse when one is full.
     screening: sketch policy, how prefill finds pages. "off": every query scans the sketch of every token. "on": every screen_stride-th
     query looks at each page's mean key plus screen_spread standard deviations; pages that reach screen_margin of the threshold, as a share
-    of the windows' mass, are candidates, and those whose sketches reach screen_threshold of the threshold are requested. "auto": on an
-    NVIDIA GPU, in histories with room for more than SCREEN_FROM tokens; off elsewhere. Decode always scans everything.
+    of the windows' mass, are candidates from there to the end of the next chunk. Every request_stride-th query requests those of them whose
+    sketches reach screen_threshold of the threshold. "auto": on an NVIDIA GPU, in histories with room for more than SCREEN_FROM tokens; off
+    elsewhere. Decode always scans everything.
     dense_below: a prompt's first call of at most so many tokens attends to everything, which is faster there as well as exact; "auto": up
     to the crossover measured on NVIDIA GPUs, 0 elsewhere.
     top_chunks, top_groups, summary: paper policy; `top_groups // 2` is what each single query requests.
@@ -56,9 +58,10 @@ class HGAConfig:
     page_capacity: int = 1024
     screening: Literal["auto", "on", "off"] = "auto"
     screen_stride: int = 4
+    request_stride: int = 2
     screen_spread: float = 1.0
     screen_margin: float = 1 / 16
-    screen_threshold: float = 0.75
+    screen_threshold: float = 1.0
     dense_below: int | Literal["auto"] = 0
     top_chunks: int = 16
     top_groups: int = 64
@@ -79,8 +82,9 @@ class HGAConfig:
             raise ValueError(f"page_capacity={self.page_capacity} must be at least 1")
         if self.screening not in ("auto", "on", "off"):
             raise ValueError(f"screening={self.screening!r}: choose auto, on or off")
-        if self.screen_stride < 1 or self.chunk_size % self.screen_stride:
-            raise ValueError(f"screen_stride={self.screen_stride} must divide chunk_size={self.chunk_size}")
+        for name in ("screen_stride", "request_stride"):
+            if getattr(self, name) < 1 or self.chunk_size % getattr(self, name):
+                raise ValueError(f"{name}={getattr(self, name)} must divide chunk_size={self.chunk_size}")
         if self.screen_spread < 0 or not 0 < self.screen_margin <= 1 or self.screen_threshold <= 0:
             raise ValueError(
                 f"screen_spread={self.screen_spread} must not be negative, screen_margin={self.screen_margin} must lie in (0, 1] and "

@@ -67,8 +67,12 @@ def carried_pages(state: LayerState, position: Int[Array, ""], config: HGAConfig
     """The pages open to the token at `position` whatever it asks for; None for policies that remember nothing."""
     if state.stamps is None:
         return None
-    capacity = min(config.page_capacity, state.stamps.shape[1])
-    return sketch_routing.carried_pages(state.stamps, position // config.chunk_size, capacity=capacity, **how.sketch())
+    own_chunk = position // config.chunk_size
+    return sketch_routing.carried_pages(state.stamps, own_chunk, capacity=_capacity(state, config), **how.sketch())
+
+
+def _capacity(state: LayerState, config: HGAConfig) -> int:
+    return min(config.page_capacity, state.stamps.shape[1])
 
 
 def decode_token(
@@ -113,12 +117,12 @@ def _attend_windows(
 
 
 class Tally(NamedTuple):
-    """What a token did, for the statistics: pages visible and requests refused a kv head, visible pages of an average head, and by kv head
-    the unopened mass, hits and requests of the bank where there is one."""
+    """What a token did, for the statistics. counts: pages visible and requests refused, by kv head and perhaps part. seen: visible pages of
+    an average head. unopened: sums to the unopened mass of each head. hits: pages found in the bank where there is one."""
 
-    counts: Int[Array, "K 2"]
+    counts: Int[Array, "*parts 2"]
     seen: Float[Array, ""]
-    unopened: Float[Array, "K G"] | None = None
+    unopened: Float[Array, "K parts G"] | None = None
     hits: Int[Array, " K"] | None = None
 
 
@@ -156,12 +160,12 @@ def _attend_remembered(
     before = state.carried or carried_pages(state, position, config, how)
     bank = getattr(state.history, "bank", None)
     carried, bank, hits = _attend_listed(query, before, state.history.pages, bank, state.stamps, own_chunk - 1, scale, how)
-    found = _route_sketch(query, windows, state, before, position, config, scale, how)
+    found = _route_sketch(query, windows, state, position, config, scale, how)
     fresh, bank, more = _attend_listed(query, found.fresh, state.history.pages, bank, found.stamps, own_chunk - 1, scale, how)
     merged = merge([windows, carried, fresh], query.dtype, hand_over=tuple(zip(found.carried, before, strict=True)), **how.attention())
     history = state.history if bank is None else replace(state.history, bank=bank)
     after = PageList(*merged.targets) if state.carried is not None else None
-    tally = Tally(found.counts, found.counts[:, 0].mean(), found.unopened, None if bank is None else hits + more)
+    tally = Tally(found.counts, found.counts[..., 0].sum() / query.shape[0], found.unopened, None if bank is None else hits + more)
     return merged.out, replace(state, history=history, stamps=found.stamps, carried=after), tally
 
 
@@ -169,7 +173,6 @@ def _route_sketch(
     query: Float[Array, "K G H"],
     windows: Partial,
     state: LayerState,
-    before: PageList,
     position: Array,
     config: HGAConfig,
     scale: float,
@@ -180,7 +183,7 @@ def _route_sketch(
     return sketch_routing.sketch_routing(
         columns, summaries.means, summaries.codes, summaries.scales, state.stamps, windows.stats, position // config.chunk_size,
         (position + 1) // config.chunk_size, sink_chunks=config.sink_chunks, local_chunks=config.local_chunks,
-        group_size=config.group_size, threshold=config.threshold_for(query.shape[1]), capacity=before.ids.shape[1], scale=scale,
+        group_size=config.group_size, threshold=config.threshold_for(query.shape[1]), capacity=_capacity(state, config), scale=scale,
         **how.sketch(),
     )  # fmt: skip
 
@@ -196,20 +199,21 @@ def _attend_listed(
     how: How,
 ) -> tuple[Partial, Bank | None, Int[Array, " K"] | None]:
     """Listed pages from the store, through the bank where there is one; (partial result, bank, pages found in it)."""
+    settings = how.attention() | {"parts": listed.count.shape[1]}
     if bank is None:
-        return page_attention(query, listed.ids, listed.count, store, scale=scale, **how.attention())[0], None, None
-    bank, plan = plan_bank(bank, listed.ids, listed.count, recency, needed, **how.attention())
-    partial, bank = page_attention(query, listed.ids, listed.count, store, scale=scale, bank=bank, plan=plan, **how.attention())
+        return page_attention(query, listed.ids, listed.count, store, scale=scale, **settings)[0], None, None
+    bank, plan = plan_bank(bank, listed.ids, listed.count, recency, needed, **settings)
+    partial, bank = page_attention(query, listed.ids, listed.count, store, scale=scale, bank=bank, plan=plan, **settings)
     return partial, bank, plan.hits
 
 
 def _stats(tally: Tally, places: WindowPlaces, position: Int[Array, ""], config: HGAConfig) -> Stats:
     kv_heads = tally.counts.shape[0]
-    listed, refused = tally.counts[:, 0].sum(), tally.counts[:, 1].sum()
+    listed, refused = tally.counts[..., 0].sum(), tally.counts[..., 1].sum()
     held, windows = position + 1, places.valid.sum()
     attended = (windows + config.group_size * tally.seen) / held
     fetched = windows + config.group_size * listed / kv_heads
-    unopened = jnp.float32(0) if tally.unopened is None else tally.unopened.mean()
+    unopened = jnp.float32(0) if tally.unopened is None else tally.unopened.sum() / (kv_heads * tally.unopened.shape[2])
     found = (jnp.float32(0), jnp.float32(0)) if tally.hits is None else (tally.hits.sum(), listed)
     numbers = (1, attended, 1, fetched, fetched / held, refused, unopened, *found)
     return Stats(*(jnp.asarray(x, jnp.float32) for x in numbers))
@@ -236,7 +240,7 @@ def close_chunk(state: LayerState, held: Int[Array, ""], config: HGAConfig, poli
 class Awaited(NamedTuple):
     """A token between `open_token` and `finish_token`: what it asks for, and what was computed meanwhile.
 
-    lists: the pages, in one or two lists of each kv head. heads: as in page_attention, for the only list; None: every head sees every page.
+    lists: the pages, in one or two page lists. heads: as in page_attention, for the only list; None: every head sees every page.
     """
 
     query: Float[Array, "K G H"]
@@ -268,8 +272,8 @@ def open_token(
         awaited = Awaited(query, windows.partial, (PageList(found.ids, found.counts[:, :1]),), found.heads, _paper_tally(found, query))
         return awaited, replace(state, marks=found.marks)
     before = carried_pages(state, position, config, how)
-    found = _route_sketch(query, windows.partial, state, before, position, config, scale, how)
-    tally = Tally(found.counts, found.counts[:, 0].mean(), found.unopened)
+    found = _route_sketch(query, windows.partial, state, position, config, scale, how)
+    tally = Tally(found.counts, found.counts[..., 0].sum() / kv_heads, found.unopened)
     return Awaited(query, windows.partial, (before, found.fresh), None, tally), replace(state, stamps=found.stamps)
 
 

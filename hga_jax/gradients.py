@@ -6,6 +6,8 @@ Scores are computed again from the log-sum-exp of each row, chunk by chunk: noth
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 import jax.numpy as jnp
 from jax import lax
@@ -15,6 +17,7 @@ from hga_jax.blocks import PAGES_AT_ONCE, Opened, window_tokens, windows_of
 from hga_jax.cache import DeviceHistory
 from hga_jax.config import HGAConfig
 from hga_jax.pytree import varying_like
+from pallas_kernels.routed_prefill_attention.backward import gradients as kernel_gradients
 
 
 def routed_attention_gradient(
@@ -28,15 +31,60 @@ def routed_attention_gradient(
     opened: Opened,
     config: HGAConfig,
     scale: float,
+    implementation: Literal["pallas", "xla", "interpret"],
 ) -> tuple[Float[Array, "T N H"], Float[Array, "S K H"], Float[Array, "S K H"]]:
     """Gradients for query, key and value from that of the outputs; sums in float32, results in the arguments' dtypes.
 
-    out, opened: what attention gave for the first `count` queries, at positions start, start+1, ...
+    out, opened: what attention gave for the first `count` queries, at positions start, start+1, ... implementation: two kernels over all
+    chunks at once, or XLA chunk by chunk.
     """
-    length, heads, width = query.shape
-    tokens, kv_heads = key.shape[:2]
-    capacity = -(-tokens // config.chunk_size) * config.chunk_size
+    tokens, capacity = len(key), -(-len(key) // config.chunk_size) * config.chunk_size
     history = DeviceHistory.holding(key, value, config.group_size, capacity)
+    live = (jnp.arange(len(query)) < count)[:, None, None]
+    d_out = jnp.where(live, d_out, 0).astype(query.dtype)
+    gradients = _chunk_by_chunk if implementation == "xla" else partial(_by_kernels, interpret=implementation == "interpret")
+    d_query, d_pages = gradients(d_out, out, query, history, start, count, opened, config, scale)
+    d_key, d_value = d_pages.transpose(2, 1, 3, 0, 4).reshape(2, capacity, *key.shape[1:])[:, :tokens]
+    return d_query.astype(query.dtype), d_key.astype(key.dtype), d_value.astype(value.dtype)
+
+
+def _by_kernels(
+    d_out: Float[Array, "T N H"],
+    out: Float[Array, "T N H"],
+    query: Float[Array, "T N H"],
+    history: DeviceHistory,
+    start: Int[Array, ""],
+    count: Int[Array, ""],
+    opened: Opened,
+    config: HGAConfig,
+    scale: float,
+    interpret: bool,
+) -> tuple[Float[Array, "T N H"], Float[Array, "K P 2 g H"]]:
+    length, heads = query.shape[:2]
+    pages, since = (x.swapaxes(0, 1) for x in (opened.pages, opened.since))
+    counts = jnp.broadcast_to(opened.counts[:, None], pages.shape[:3])
+    by_row = jnp.moveaxis(opened.peaks, 3, 1).reshape(-1, heads)
+    log_sums = lax.dynamic_slice_in_dim(by_row, start % config.chunk_size, length)
+    return kernel_gradients(
+        query, history.pages, start, count, pages, since, counts, out, log_sums, d_out, jnp.zeros_like(log_sums),
+        chunk_size=config.chunk_size, sink_chunks=config.sink_chunks, local_chunks=config.local_chunks, scale=scale, config=None,
+        interpret=interpret,
+    )  # fmt: skip
+
+
+def _chunk_by_chunk(
+    d_out: Float[Array, "T N H"],
+    out: Float[Array, "T N H"],
+    query: Float[Array, "T N H"],
+    history: DeviceHistory,
+    start: Int[Array, ""],
+    count: Int[Array, ""],
+    opened: Opened,
+    config: HGAConfig,
+    scale: float,
+) -> tuple[Float[Array, "T N H"], Float[Array, "K P 2 g H"]]:
+    length, heads, width = query.shape
+    kv_heads = history.kv_heads
     blocks, rows = opened.peaks.shape[0], opened.peaks.shape[-1]
     lead = start % config.chunk_size if rows > 1 else jnp.int32(0)  # rows of the first block before the first query
 
@@ -45,8 +93,6 @@ def routed_attention_gradient(
         placed = lax.dynamic_update_slice_in_dim(room, x, lead, 0)
         return jnp.moveaxis(placed.reshape(blocks, rows, kv_heads, heads // kv_heads, *x.shape[2:]), 1, 3)
 
-    live = (jnp.arange(length) < count)[:, None]
-    d_out = jnp.where(live[..., None], d_out, 0).astype(query.dtype)
     shares = by_block(jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1))
     q, d_rows = by_block(query), by_block(d_out)
 
@@ -87,9 +133,7 @@ def routed_attention_gradient(
     used = jnp.where(count > 0, (lead + count - 1) // rows + 1, 0)
     d_query, d_pages = lax.fori_loop(0, used, one, carry)
     d_query = jnp.moveaxis(d_query, 3, 1).reshape(blocks * rows, heads, width)
-    d_query = lax.dynamic_slice_in_dim(d_query, lead, length).astype(query.dtype)
-    d_key, d_value = d_pages.transpose(2, 1, 3, 0, 4).reshape(2, capacity, kv_heads, width)[:, :tokens]
-    return d_query, d_key.astype(key.dtype), d_value.astype(value.dtype)
+    return lax.dynamic_slice_in_dim(d_query, lead, length), d_pages
 
 
 @dataclass(frozen=True)

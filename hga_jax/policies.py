@@ -152,7 +152,14 @@ def list_by_threshold(
     rule = Rule(config.chunk_size, config.group_size, config.sink_chunks, config.local_chunks, scale)
     screen = None
     if config.screened(pages.shape[1] * config.group_size):
-        screen = Screen(config.screen_stride, config.screen_spread, config.screen_margin, config.screen_threshold, config.page_capacity)
+        screen = Screen(
+            stride=config.screen_stride,
+            request_stride=config.request_stride,
+            spread=config.screen_spread,
+            margin=config.screen_margin,
+            threshold=config.screen_threshold,
+            capacity=2 * config.page_capacity,
+        )
 
     @custom_batching.sequential_vmap  # kernels take one sequence
     def run(query: Array, pages: Array, sketches: KeySketches, stamps: Array, start: Array, count: Array) -> tuple:

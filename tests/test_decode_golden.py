@@ -49,14 +49,14 @@ def test_every_token_sees_the_golden_keys(run):
         part, _ = decode.window_attention(query, window, valid, scale=scale, config=attention, **how)
         columns = sketch.query_columns(query, jnp.asarray(rotation), **how)
         carried = sketch.carried_pages(stamps, own, capacity=128, config=routing, **how)
-        old, _ = decode.page_attention(query, *carried, store, scale=scale, config=attention, **how)
+        old, _ = decode.page_attention(query, *carried, store, scale=scale, parts=carried.count.shape[1], config=attention, **how)
         pages = sketch.sketch_routing(
             columns, means, codes, scales, stamps, part.stats, own, (token + 1) // chunk, sink_chunks=sinks, local_chunks=local,
             group_size=group, threshold=meta["threshold"], capacity=128, scale=scale, config=routing, **how,
         )  # fmt: skip
-        new, _ = decode.page_attention(query, *pages.fresh, store, scale=scale, config=attention, **how)
+        new, _ = decode.page_attention(query, *pages.fresh, store, scale=scale, parts=carried.count.shape[1], config=attention, **how)
         out = decode.merge([part, old, new], jnp.float32, config=attention, **how).out
-        return out, pages.stamps, pages.counts[:, 0] * group + valid.sum()
+        return out, pages.stamps, pages.counts[..., 0].sum(1) * group + valid.sum()
 
     stamps = jnp.full((kv_heads, closed // group), -2, jnp.int32)
     for token in range(length):

@@ -65,6 +65,16 @@ def test_ask_file(run, tiny, tmp_path):
     assert re.search(r"\n\d+ tokens read in [\d.]+ s, \d+% of the keys attended to, [\d.]+ tokens/s\n", printed)
 
 
+def test_ask_many(run, tiny, tmp_path):
+    text = tmp_path / "log.txt"
+    text.write_text(build_prompt(entries=3).split("\n\nUsing")[0])
+    questions = ("Who was there?", "What is the password?")
+    printed = run("ask_many.py", str(text), str(tmp_path / "store"), *questions, "--model", tiny, "--max-new-tokens", "2")
+    (first, of), (second, _) = ((int(n) for n in found) for found in re.findall(r"(\d+) of (\d+) tokens read anew", printed))
+    assert first == of
+    assert second < of / 2
+
+
 @pytest.mark.model
 def test_notebook(capsys):
     """Its code cells run one after the other; a shorter log keeps it quick."""

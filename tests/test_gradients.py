@@ -10,6 +10,11 @@ import pytest
 from reference_cases import PAPER, ROPE, SKETCH, tensors
 
 from hga_jax.attention import hga_attention
+from hga_jax.blocks import attend_and_keep, new_state, summarise_new
+from hga_jax.cache import DeviceHistory
+from hga_jax.config import HGAConfig
+from hga_jax.gradients import routed_attention_gradient
+from hga_jax.policies import policy_for
 from hga_jax.reference import reference_attention
 from hga_jax.sketches import built_in_rotation
 
@@ -96,6 +101,25 @@ def test_full_coverage_has_dense_gradients(change, dtype, tolerance):
     for ours, theirs in zip(gradients, dense, strict=True):
         assert ours.dtype == dtype
         np.testing.assert_allclose(ours.astype(jnp.float32), theirs, atol=tolerance * np.abs(theirs).max())
+
+
+@pytest.mark.parametrize("name", ["interpret", pytest.param("pallas", marks=pytest.mark.gpu)])
+def test_kernels_give_what_xla_gives(name):
+    """The gradient in the two forms, for queries that start and end inside chunks."""
+    config = HGAConfig(sink_chunks=1, local_chunks=1, threshold=0.1)
+    q, k, v = (jnp.asarray(x) for x in tensors(290, heads=2, kv_heads=1))
+    q, start, count = q[70:], jnp.int32(70), jnp.int32(215)
+    policy = policy_for(config, None, 16, 0.25)
+    history = DeviceHistory.holding(k, v, 16, 320)
+    state = summarise_new(new_state(history, k.dtype, config, policy), jnp.int32(0), 320, config, policy)
+    out, _, _, _, opened = jax.jit(lambda *x: attend_and_keep(*x, config, policy, 0.25))(q, start, count, state)
+    in_use = jnp.arange(opened.since.shape[-1]) < opened.counts[:, None, None, None]
+    assert 0 < jnp.sum(in_use & (opened.since < 64)) < 12  # some of the pages between the windows are opened, and some are not
+    d_out = jnp.asarray(np.random.default_rng(1).standard_normal(q.shape), jnp.float32)
+    arrays = (d_out, out, q, k, v, start, count, opened)
+    gradients, expected = (jax.jit(lambda *x, by=by: routed_attention_gradient(*x, config, 0.25, by))(*arrays) for by in (name, "xla"))
+    for ours, theirs in zip(gradients, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.abs(theirs).max())
 
 
 def test_padding_under_checkpoint():

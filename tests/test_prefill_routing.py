@@ -1,5 +1,6 @@
 """Prefill routing: kernels and XLA decide what float64 numpy decides, and nothing depends on a later query."""
 
+import dataclasses
 import functools
 
 import jax
@@ -74,7 +75,7 @@ def check(run, data, first, count, stamps, screen=None, capacity=64, threshold=0
     numbers = {"scale": query.shape[2] ** -0.5, "threshold": threshold, "capacity": capacity}
     shape = {"chunk_size": CHUNK, "group_size": GROUP, "sink_chunks": 1, "local_chunks": 1}
     by_token = np.asarray(sketched, np.float64).swapaxes(1, 2).reshape(keys.shape)
-    pruned = screen and {name: getattr(screen, name) for name in ("stride", "spread", "margin", "threshold", "capacity")}
+    pruned = screen and dataclasses.asdict(screen)
     expected, after, refused, unopened, closest = reference_route(
         query, keys, by_token, stamps, first, count, **shape, **numbers, screen=pruned
     )
@@ -103,13 +104,13 @@ def test_call_that_starts_inside_a_chunk_with_requests_remembered(run):
     data = problem(128, 40, heads=3, kv_heads=1, head_dim=24, seed=1)
     stamps = never(data)
     stamps[0, [5, 7, 9]] = [4, 3, 5]  # chunk 5 is the first of this call: the request in chunk 3 is forgotten
-    check(run, data, 5 * CHUNK + 3, 40, stamps, Screen(stride=2, spread=1.0, margin=0.5))
+    check(run, data, 5 * CHUNK + 3, 40, stamps, Screen(stride=2, request_stride=1, spread=1.0, margin=0.5))
 
 
 @pytest.mark.parametrize("run", RUNS[1:])
 def test_requests_beyond_the_capacity_are_refused_in_order(run):
     data = problem(160, 150, seed=2)
-    _, refused = check(run, data, 0, 150, never(data), Screen(stride=2, spread=1.5, margin=0.3, capacity=5), capacity=4)
+    _, refused = check(run, data, 0, 150, never(data), Screen(stride=2, request_stride=1, spread=1.5, margin=0.3, capacity=5), capacity=4)
     assert refused > 0
 
 

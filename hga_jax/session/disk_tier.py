@@ -34,6 +34,7 @@ from hga_jax.session.recording import Recorder
 from hga_jax.session.reuse import Memory, Stored, open_pages, read_pages
 from hga_jax.session.state_format import StateFormat, take_pages
 from pallas_kernels import dispatch
+from pallas_kernels.sketch_routing import PageList
 
 SMALLEST_LIST = 64  # pages a kv head that one attention program takes at least; longer lists come in powers of two
 
@@ -135,7 +136,7 @@ class DiskTier:
             self.cache.prefetch(index)
             awaited, state = _open_layer(layer, x, where, state, config=self.config, how=self.how)
             self.cache.prefetch((index + 1) % len(states))
-            lists = [(np.asarray(ids), np.asarray(count)[:, 0]) for ids, count in awaited.lists]
+            lists = [part for listed in awaited.lists for part in _parts(listed)]
             pages, count = self._gather(index, lists, position)
             x, stats = _finish_layer(layer, x, where, awaited, jnp.asarray(pages), count, config=self.config, how=self.how)
             total = total + stats
@@ -311,3 +312,9 @@ def _close(state: LayerState, held: Int[Array, ""], *, config: HGAConfig, rope: 
 _embed = jax.jit(lambda decoder, token: decoder.embed(token[None])[0])
 _head = jax.jit(lambda decoder, x: decoder.head(x))
 _draw = jax.jit(lambda logits, sampling, key, position: sample(logits, sampling, jax.random.fold_in(key, position)))
+
+
+def _parts(listed: PageList) -> list[tuple[Int[np.ndarray, "K _"], Int[np.ndarray, " K"]]]:
+    """The lists of a page list one by one: (page ids of each kv head, how many are valid)."""
+    counts = np.asarray(listed.count).T
+    return list(zip(np.split(np.asarray(listed.ids), len(counts), axis=1), counts, strict=True))

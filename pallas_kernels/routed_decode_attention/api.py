@@ -107,18 +107,20 @@ def plan_bank(
     recency: Int[Array, "K P"],
     needed: Int[Array, ""],
     *,
+    parts: int = 1,
     implementation: Implementation,
     config: Config | None = None,
     interpret: bool = False,
 ) -> tuple[Bank, Plan]:
     """Find the listed pages in the bank and choose a slot for each missing one: empty slots, then the least recently requested pages'.
 
-    recency: when each page was last requested (the sketch policy's stamps, or the step a page was last used in). Pages with
-    recency >= needed keep their slots; when too few others are left, the last missing pages get none and are only read.
+    parts: lists in ids, see page_attention. recency: when each page was last requested (the sketch policy's stamps, or the step a page was
+    last used in). Pages with recency >= needed keep their slots; when too few others are left, the last missing pages get none and are
+    only read.
     """
     run = kernel.plan_bank if _pallas(implementation) else xla.plan_bank
     extra = {"config": config or Config(), "interpret": interpret} if _pallas(implementation) else {}
-    page_slot, *plan = run(ids, counts, bank.page_slot, bank.slot_page, recency, needed[None].astype("int32"), **extra)
+    page_slot, *plan = run(ids, counts, bank.page_slot, bank.slot_page, recency, needed[None].astype("int32"), parts, **extra)
     return Bank(bank.pages, page_slot, bank.slot_page), Plan(*plan)
 
 
@@ -129,6 +131,7 @@ def page_attention(
     store: Float[Array, "K P 2 g H"],
     *,
     scale: float,
+    parts: int = 1,
     heads: Int[Array, "K M"] | None = None,
     bank: Bank | None = None,
     plan: Plan | None = None,
@@ -136,20 +139,21 @@ def page_attention(
     config: Config | None = None,
     interpret: bool = False,
 ) -> tuple[Partial, Bank | None]:
-    """Attend to the first counts[k, 0] pages of ids[k], read in place from `store` (pinned host or device memory), once each.
+    """Attend to the listed pages, read in place from `store` (pinned host or device memory), once each.
 
-    heads: bit n set where query head n of the kv head sees the page (None: all do). With a bank and its plan, hits are read from the bank
-    and misses from the store, used and put into their slots: the bank comes back updated, in place when it is donated.
+    ids[k] holds `parts` lists of equal room, of which the first counts[k, part] entries are valid. heads: bit n set where query head n of
+    the kv head sees the page (None: all do). With a bank and its plan, hits are read from the bank and misses from the store, used and put
+    into their slots: the bank comes back updated, in place when it is donated.
     """
     if (bank is None) != (plan is None):
         raise ValueError("bank and plan go together: plan_bank makes the plan")
     tables = None if bank is None else (bank.pages, bank.page_slot, bank.slot_page)
     moves = None if plan is None else (plan.source, plan.victims)
     if not _pallas(implementation):
-        acc, stats, *tables = xla.page_attention(query, ids, counts, store, heads, tables, moves, scale=scale)
+        acc, stats, *tables = xla.page_attention(query, ids, counts, store, heads, tables, moves, parts, scale=scale)
     else:
         acc, stats, *tables = kernel.page_attention(
-            query, ids, counts, store, heads, tables, moves, scale=scale, config=config or Config(), interpret=interpret
+            query, ids, counts, store, heads, tables, moves, parts, scale=scale, config=config or Config(), interpret=interpret
         )
     return Partial(acc, stats), Bank(*tables) if tables else None
 

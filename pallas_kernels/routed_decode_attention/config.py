@@ -14,7 +14,7 @@ class Config:
     bank_warps: warps of the program that plans the bank of one kv head."""
 
     tile_pages: int = 1
-    splits: int = 128
+    splits: int = 64
     warps: int = 4
     window_tile_pages: int = 2
     window_splits: int = 32

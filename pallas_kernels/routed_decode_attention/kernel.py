@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -142,12 +143,13 @@ def window_attention(query, window, valid, pages, fresh, *, scale: float, config
 def _page_kernel(
     query_ref,  # [K, G, H] device
     ids_ref,  # [K, M] i32 device
-    counts_ref,  # [K, 1 or more] i32 device: how many pages are listed
+    counts_ref,  # [K, parts or more] i32 device: how many pages each part of ids lists
     store_ref,  # [K, P, 2, g, H] pinned host, or device when the whole history is there
     *refs,  # heads_ref [K, M] i32 device (bit n: head n sees the page), when masked; then with a bank, in and out:
     # source [K, M] i32, victims [K, M] i32, bank [K, slots, 2, g, H], page_slot [K, P] i32, slot_page [K, slots] i32, all device;
     # then out: acc [K, splits, G, H] f32, stats [K, splits, 2, G] f32 device (, bank, page_slot, slot_page: the same buffers)
     scale: float,
+    parts: int,
     masked: bool,
     banked: bool,
     config: Config,
@@ -158,17 +160,18 @@ def _page_kernel(
         source_ref, victims_ref, _, _, _, acc_ref, stats_ref, bank_ref, page_slot_ref, slot_page_ref = refs
     else:
         acc_ref, stats_ref = refs
-    k, split = pl.program_id(0), pl.program_id(1)
+    k, part_of, split = pl.program_id(0), pl.program_id(1) % parts, pl.program_id(1) // parts
+    splits, begin = config.splits // parts, part_of * (ids_ref.shape[1] // parts)
     group_size, head_dim = store_ref.shape[3:]
     query = _load_query(query_ref, k, scale)
     row = jnp.arange(config.tile_pages * group_size)
     dim = jnp.arange(query.shape[1])
     head = jnp.arange(query.shape[0])
-    count = counts_ref[k, 0]
-    tiles = (count + config.tile_pages - 1) // config.tile_pages
+    count = begin + counts_ref[k, part_of]
+    tiles = (counts_ref[k, part_of] + config.tile_pages - 1) // config.tile_pages
 
     def step(i, carry):
-        first = (split + i * config.splits) * config.tile_pages
+        first = begin + (split + i * splits) * config.tile_pages
         rank = first + row // group_size
         live = rank < count
         page = plgpu.load(ids_ref.at[k, rank], mask=live, other=0)
@@ -209,16 +212,18 @@ def _page_kernel(
             visible = visible & (((bits[None, :] >> head[:, None]) & 1) > 0)
         return _add(carry, query, *tile, visible)
 
-    turns = jnp.maximum(tiles - split + config.splits - 1, 0) // config.splits
-    _write_partial(acc_ref, stats_ref, k, split, lax.fori_loop(0, turns, step, _empty(*query.shape)))
+    turns = jnp.maximum(tiles - split + splits - 1, 0) // splits
+    _write_partial(acc_ref, stats_ref, k, pl.program_id(1), lax.fori_loop(0, turns, step, _empty(*query.shape)))
 
 
-def page_attention(query, ids, counts, store, heads_mask, bank, plan, *, scale: float, config: Config, interpret: bool):
+def page_attention(query, ids, counts, store, heads_mask, bank, plan, parts, *, scale: float, config: Config, interpret: bool):
     """Partial attention over the listed pages. bank: (pages, page_slot, slot_page) or None; plan: (source, victims)."""
     kv_heads, heads, head_dim = query.shape
     check_offsets(store=store)
     if not power_of_two(store.shape[3]):
         raise NotImplementedError(f"group_size={store.shape[3]} must be a power of two in the kernel: use implementation='xla'")
+    if config.splits % parts:
+        config = replace(config, splits=-(-config.splits // parts) * parts)
     arrays = [query, ids, counts, store]
     if heads_mask is not None:
         arrays.append(heads_mask)
@@ -233,7 +238,7 @@ def page_attention(query, ids, counts, store, heads_mask, bank, plan, *, scale: 
         aliases = {len(arrays) - 3 + i: 2 + i for i in range(3)}
         shapes += [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in bank]
     return pl.pallas_call(
-        partial(_page_kernel, scale=scale, masked=heads_mask is not None, banked=bank is not None, config=config),
+        partial(_page_kernel, scale=scale, parts=parts, masked=heads_mask is not None, banked=bank is not None, config=config),
         grid=(kv_heads, config.splits),
         in_specs=[pl.no_block_spec] * len(arrays),
         out_specs=[pl.no_block_spec] * len(shapes),
@@ -309,7 +314,7 @@ def merge(parts, dtype, handed, *, config: Config, interpret: bool) -> tuple[Arr
 
 def _plan_kernel(
     ids_ref,  # [K, M] i32 device
-    counts_ref,  # [K, 2] i32 device
+    counts_ref,  # [K, parts or more] i32 device
     page_slot_ref,  # [K, P] i32 device: -1 where the page has no slot
     slot_page_ref,  # [K, slots] i32 device: -1 where the slot is empty
     recency_ref,  # [K, P] i32 device: when the page was last requested
@@ -318,19 +323,21 @@ def _plan_kernel(
     source_ref,  # [K, M] i32 device, out: slot of a page in the bank, -1 - (rank among the missed) of one that is not
     victims_ref,  # [K, M] i32 device, out: slot for each missed page, -1 where none is free
     hits_ref,  # [K] i32 device, out
+    *,
+    parts: int,
 ):
     k = pl.program_id(0)
     capacity, slots = ids_ref.shape[1], slot_page_ref.shape[1]
-    count, needed = counts_ref[k, 0], needed_ref[0]
-    rank = jnp.arange(pl.next_power_of_2(capacity))
-    live = rank < count
+    needed = needed_ref[0]
+    rank, room = jnp.arange(pl.next_power_of_2(capacity)), capacity // parts
+    live = rank % room < plgpu.load(counts_ref.at[k, rank // room], mask=rank < capacity, other=0)
     page = plgpu.load(ids_ref.at[k, rank], mask=live, other=0)
     slot = plgpu.load(page_slot_ref.at[k, page], mask=live, other=-1)
     missed = (live & (slot < 0)).astype(jnp.int32)
     misses = jnp.sum(missed)
     miss_rank = jnp.cumsum(missed, axis=0) - 1
     plgpu.store(source_ref.at[k, rank], jnp.where(missed > 0, -1 - miss_rank, slot), mask=rank < capacity)
-    hits_ref[k] = count - misses
+    hits_ref[k] = jnp.sum(live.astype(jnp.int32)) - misses
 
     @pl.when(misses > 0)
     def _():
@@ -362,12 +369,12 @@ def _plan_kernel(
         plgpu.store(victims_ref.at[k, rank], jnp.full_like(rank, -1), mask=(rank >= wanted) & (rank < capacity))
 
 
-def plan_bank(ids, counts, page_slot, slot_page, recency, needed, *, config: Config, interpret: bool):
+def plan_bank(ids, counts, page_slot, slot_page, recency, needed, parts, *, config: Config, interpret: bool):
     """Where each listed page is or will be: (page_slot without the evicted, source, victims, hits)."""
     kv_heads, capacity = ids.shape
     check_offsets(recency=recency)
     return pl.pallas_call(
-        _plan_kernel,
+        partial(_plan_kernel, parts=parts),
         grid=(kv_heads,),
         in_specs=[pl.no_block_spec] * 6,
         out_specs=[pl.no_block_spec] * 4,

@@ -49,10 +49,15 @@ def copy_pages(target, source, where, most):
     return jax.lax.dynamic_update_slice_in_dim(target, jnp.where(fresh, new, old), first[1], axis=1)
 
 
-def plan_bank(ids, counts, page_slot, slot_page, recency, needed):
-    def one(ids, count, page_slot, slot_page, recency):
+def _live(ids, counts, parts):
+    """Which entries of the lists are valid."""
+    room = ids.shape[1] // parts
+    return (jnp.arange(room) < counts[:, :parts, None]).reshape(ids.shape)
+
+
+def plan_bank(ids, counts, page_slot, slot_page, recency, needed, parts):
+    def one(ids, live, page_slot, slot_page, recency):
         rank = jnp.arange(ids.shape[0])
-        live = rank < count
         slot = jnp.where(live, page_slot[ids], -1)
         missed = live & (slot < 0)
         source = jnp.where(missed, -jnp.cumsum(missed), slot)
@@ -66,14 +71,14 @@ def plan_bank(ids, counts, page_slot, slot_page, recency, needed):
         victims = jnp.where(rank < free, chosen[jnp.minimum(rank, slot_page.shape[0] - 1)], -1)
         return page_slot, source, victims, live.sum() - missed.sum()
 
-    out = jax.vmap(one)(ids, counts[:, 0], page_slot, slot_page, recency)
+    out = jax.vmap(one)(ids, _live(ids, counts, parts), page_slot, slot_page, recency)
     return tuple(x.astype(jnp.int32) for x in out)
 
 
-def page_attention(query, ids, counts, store, heads, bank, plan, *, scale):
+def page_attention(query, ids, counts, store, heads, bank, plan, parts, *, scale):
     capacity = ids.shape[1]
     group_size = store.shape[3]
-    live = jnp.arange(capacity) < counts[:, :1]
+    live = _live(ids, counts, parts)
     pages = jax.vmap(lambda pages, ids: pages[ids])(store, jnp.where(live, ids, 0))
     updated = ()
     if bank is not None:

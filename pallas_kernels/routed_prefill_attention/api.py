@@ -65,14 +65,14 @@ def routed_prefill_attention(
 ) -> tuple[Float[Array, "T N H"], Float[Array, "T N"]]:
     """Attend the queries at positions first_position, first_position + 1, ... to sinks, local window, own chunk and listed pages.
 
-    query: post-RoPE rows; the first `count` are live, the others give zeros. pages: keys and values of a history that holds all tokens up to
-    the last live query. Block b is chunk first_position // chunk_size + b; the B blocks must cover the T rows wherever they start in a chunk.
-    page_ids: R lists a kv head: one that its G query heads share, or G. counts: slots of a list in use. since: the first row of the chunk
-    (position % chunk_size) that sees the page; chunk_size or more: nobody does. Lists name no page of a window, and none twice.
+    query: post-RoPE rows; the first `count` are live, the others give zeros. pages: keys and values of a history that holds all tokens up
+    to the last live query. Block b is chunk first_position // chunk_size + b; the B blocks must cover the T rows wherever they start in a
+    chunk. page_ids: R lists a kv head: one that its G query heads share, or G. counts: slots of a list in use. since: the first row of the
+    chunk (position % chunk_size) that sees the page; chunk_size or more: nobody does. Lists name no page of a window, and none twice.
 
-    Returns (out, lse): attention outputs in query's dtype and the float32 log-sum-exp of the scaled scores. Sums are float32. Differentiable
-    in query and pages, the lists being fixed. Raises NotImplementedError for what the kernel cannot take, ValueError for a scale that is not
-    positive or arrays beyond int32 offsets.
+    Returns (out, lse): attention outputs in query's dtype and the float32 log-sum-exp of the scaled scores. Sums are float32.
+    Differentiable in query and pages, the lists being fixed. Raises NotImplementedError for what the kernel cannot take, ValueError for a
+    scale that is not positive or arrays beyond int32 offsets.
     """
     if implementation not in ("pallas", "xla"):
         raise ValueError(f"{implementation=}: choose pallas or xla")

@@ -1,4 +1,4 @@
-"""Flash attention of chunks of queries over their windows and opened pages (Pallas, Triton lowering): one launch, no temporaries but the lists."""
+"""Flash attention of chunks of queries over their windows and opened pages (Pallas, Triton lowering), in one launch."""
 
 from __future__ import annotations
 

@@ -64,9 +64,6 @@ def routed_prefill_attention(
 
     out, lse = lax.map(jax.checkpoint(one), jnp.arange(blocks))
     # Back to the queries' rows; a margin after, for lists of fewer blocks than the queries may touch.
-    return tuple(
-        lax.dynamic_slice_in_dim(
-            jnp.pad(x.reshape(-1, *x.shape[2:]), ((0, length + chunk_size), *((0, 0),) * (x.ndim - 2))), before, length
-        )
-        for x in (out, lse)
-    )
+    flat = (x.reshape(-1, *x.shape[2:]) for x in (out, lse))
+    padded = (jnp.pad(x, ((0, length + chunk_size), *((0, 0),) * (x.ndim - 1))) for x in flat)
+    return tuple(lax.dynamic_slice_in_dim(x, before, length) for x in padded)

@@ -37,17 +37,17 @@ class _Steps:
 
     probe_mass: Any
     probe_requests: Any
-    listed_requests: Any
+    refine: Any
     listed_mass: Any
     page_lists: Any
 
 
 def _steps(implementation: str, config: Config, interpret: bool) -> _Steps:
     if implementation == "xla":
-        return _Steps(xla.probe_mass, xla.probe_requests, xla.listed_requests, xla.listed_mass, xla.page_lists)
+        return _Steps(xla.probe_mass, xla.probe_requests, xla.refine, xla.listed_mass, xla.page_lists)
     if implementation != "pallas":
         raise ValueError(f"{implementation=}: choose pallas or xla")
-    functions = (kernel.probe_mass, kernel.probe_requests, kernel.listed_requests, kernel.listed_mass, lists.page_lists)
+    functions = (kernel.probe_mass, kernel.probe_requests, kernel.refine, kernel.listed_mass, lists.page_lists)
     return _Steps(*(partial(function, config=config, interpret=interpret) for function in functions))
 
 
@@ -73,10 +73,10 @@ def route(
     A probing row asks for every page whose share of its estimated attention mass reaches `threshold`; all heads of the kv head see it from
     that row on to the end of the next chunk. Requests beyond `capacity` pages a list are refused, in order of (row, page id).
 
-    screen None: every query probes every page by its sketched keys. Otherwise only every screen.stride-th query probes, first by the pages'
-    means and spreads; those that reach threshold * screen.margin of its windows' mass are its candidates, and those of earlier probes of
-    its chunk and of the chunk before (if the same call holds it). Among them it asks by their sketched keys, against the mass of windows
-    and all pages as the means and spreads estimate it.
+    screen None: every query probes every page by its sketched keys. Otherwise every screen.stride-th query screens them by their means and
+    spreads: pages that reach threshold * screen.margin of the mass of its windows are candidates from that query on to the end of the next
+    chunk (of this call). Every screen.request_stride-th query asks for candidates it knows, by their sketched keys, against the mass of its
+    own windows and, by means and spreads, of those candidates.
     Nothing depends on a later query. Source: DESIGN section 2 of the project, measured in config.Screen.
     """
     steps = _steps(implementation, config or Config(), interpret)
@@ -94,8 +94,8 @@ def route(
     else:
         never = jnp.full_like(stamps, -2)
         *candidates, counts = steps.page_lists(wide, never, bounds, capacity=min(screen.capacity, stamps.shape[1]), rule=rule)
-        asked = (query, bounds, keys.tokens, mass, *candidates, counts[..., 0])
-        first = steps.listed_requests(*asked, threshold=threshold * screen.threshold, rule=rule)
+        asking = replace(rule, stride=screen.request_stride)
+        first = steps.refine(query, bounds, pages, keys, *candidates, counts[..., 0], threshold=threshold * screen.threshold, rule=asking)
     ids, since, counts, stamps = _lists(first, stamps, bounds, steps, capacity=capacity, rule=rule)
     opened = steps.listed_mass(query, bounds, vectors, spreads, mass, ids, since, counts[..., 0], rule=rule)
     unopened = jnp.maximum(1 - jnp.exp(window - mass) - opened, 0)

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.indexing import outer, span
 from pallas_kernels.limits import check_offsets, power_of_two
 from pallas_kernels.sketch_prefill_routing.config import Config, Rule
+from pallas_kernels.sketch_prefill_routing.keys import PageKeys
 
 LOG2E = math.log2(math.e)
 LOWEST = -1e30  # in place of -inf where differences are taken
@@ -122,6 +123,40 @@ def _middle(own_chunk: Any, rule: Rule) -> tuple[Any, Any]:
     return first, jnp.maximum(own_chunk - rule.local_chunks, rule.sink_chunks) * rule.pages_per_chunk
 
 
+def _add(carry: tuple[Array, Array], scores: Array, interpret: bool) -> tuple[Array, Array]:
+    """(peak, sum of powers of two relative to it) of each row, with more scores."""
+    peak, total = carry
+    higher = jnp.maximum(peak, jnp.max(scores, axis=1))
+    return higher, total * jnp.exp2(peak - higher) + jnp.sum(_exp2(scores - higher[:, None], interpret), axis=1)
+
+
+def _windows(probes: _Probes, pages_ref: Any, k: Any, size: int, rule: Rule, interpret: bool) -> tuple[Array, Array]:
+    """The same of each row's exact scores over sinks, local window and own chunk."""
+    head_dim = pages_ref.shape[4]
+    dim = span(0, pl.next_power_of_2(head_dim))
+    local = jnp.maximum(probes.own_chunk - rule.local_chunks, 0)
+    sinks = jnp.minimum(rule.sink_chunks, local)
+
+    def chunk_of_keys(i: Any, carry: tuple) -> tuple:
+        chunk = jnp.where(i < sinks, i, local + i - sinks)
+        token = span(0, rule.chunk_size)
+        page, slot = chunk * rule.pages_per_chunk + token // rule.group_size, token % rule.group_size
+        keys = plgpu.load(
+            pages_ref.at[jnp.broadcast_to(k, (1, 1)), page[:, None], jnp.zeros((1, 1), jnp.int32), slot[:, None], dim[None, :]],
+            mask=jnp.broadcast_to((dim < head_dim)[None, :], (rule.chunk_size, dim.shape[0])),
+            other=0,
+        )
+        seen = (chunk * rule.chunk_size + token)[None, :] <= probes.position[:, None]
+        return _add(carry, jnp.where(seen, _dot(probes.query, keys) * (rule.scale * LOG2E), -jnp.inf), interpret)
+
+    start = (jnp.full((size,), LOWEST, jnp.float32), jnp.zeros((size,), jnp.float32))
+    return lax.fori_loop(0, sinks + probes.own_chunk - local + 1, chunk_of_keys, start)
+
+
+def _log2(mass: tuple[Array, Array]) -> Array:
+    return mass[0] + jnp.log2(jnp.where(mass[1] > 0, mass[1], 1))
+
+
 def _mass_kernel(
     bounds_ref,  # [2] i32: position of query row 0, live rows
     query_ref,  # [T, N, H]
@@ -144,33 +179,8 @@ def _mass_kernel(
 
     @pl.when(probes.block_live)
     def _():
-        head_dim = pages_ref.shape[4]
-        dim = span(0, pl.next_power_of_2(head_dim))
-        local = jnp.maximum(probes.own_chunk - rule.local_chunks, 0)
-        sinks = jnp.minimum(rule.sink_chunks, local)
-        unit = rule.scale * LOG2E
-
-        def add(carry: tuple, scores: Array) -> tuple:
-            peak, total = carry
-            higher = jnp.maximum(peak, jnp.max(scores, axis=1))
-            return higher, total * jnp.exp2(peak - higher) + jnp.sum(_exp2(scores - higher[:, None], interpret), axis=1)
-
-        def window(i: Any, carry: tuple) -> tuple:
-            chunk = jnp.where(i < sinks, i, local + i - sinks)
-            token = span(0, rule.chunk_size)
-            page, slot = chunk * rule.pages_per_chunk + token // rule.group_size, token % rule.group_size
-            keys = plgpu.load(
-                pages_ref.at[jnp.broadcast_to(k, (1, 1)), page[:, None], jnp.zeros((1, 1), jnp.int32), slot[:, None], dim[None, :]],
-                mask=jnp.broadcast_to((dim < head_dim)[None, :], (rule.chunk_size, dim.shape[0])),
-                other=0,
-            )
-            seen = (chunk * rule.chunk_size + token)[None, :] <= probes.position[:, None]
-            return add(carry, jnp.where(seen, _dot(probes.query, keys) * unit, -jnp.inf))
-
-        start = (jnp.full((size,), LOWEST, jnp.float32), jnp.zeros((size,), jnp.float32))
-        windows = lax.fori_loop(0, sinks + probes.own_chunk - local + 1, window, start)
-        window_mass = windows[0] + jnp.log2(jnp.where(windows[1] > 0, windows[1], 1))
-        bound = jnp.where(probes.live, window_mass + math.log2(threshold or 1.0), jnp.inf)
+        windows = _windows(probes, pages_ref, k, size, rule, interpret)
+        bound = jnp.where(probes.live, _log2(windows) + math.log2(threshold or 1.0), jnp.inf)
         norm = _norm(probes, spreads_ref, rule)
         first, end = _middle(probes.own_chunk, rule)
 
@@ -180,12 +190,11 @@ def _mass_kernel(
             if threshold is not None:
                 rows = _first_rows(scores, bound, None, probes, rule.chunk_size)
                 plgpu.store(refs[-1].at[outer(k, block, tile, page)], rows.astype(refs[-1].dtype), mask=page < end)
-            return add(carry, jnp.where((page < end)[None, :], scores, -jnp.inf))
+            return _add(carry, jnp.where((page < end)[None, :], scores, -jnp.inf), interpret)
 
         everything = lax.fori_loop(0, (end - first + tile_pages - 1) // tile_pages, middle, windows)
-        for ref, (peak, total) in ((window_ref, windows), (mass_ref, everything)):
-            mass = (peak + jnp.log2(jnp.where(total > 0, total, 1))) / LOG2E
-            plgpu.store(ref.at[outer(k, block, probes.row)], mass, mask=probes.inside)
+        for ref, mass in ((window_ref, windows), (mass_ref, everything)):
+            plgpu.store(ref.at[outer(k, block, probes.row)], _log2(mass) / LOG2E, mask=probes.inside)
 
 
 def _bound(mass_ref: Any, k: Any, block: Any, probes: _Probes, threshold: float) -> Array:
@@ -193,7 +202,7 @@ def _bound(mass_ref: Any, k: Any, block: Any, probes: _Probes, threshold: float)
     return jnp.where(probes.live, (mass + math.log(threshold)) * LOG2E, jnp.inf)
 
 
-def _first_rows(scores: Array, bound: Array, allowed: Any, probes: _Probes, none: int) -> Array:
+def _first_rows(scores: Array, bound: Array, allowed: Array | None, probes: _Probes, none: int) -> Array:
     """The first row of the chunk that asks for each page."""
     asking = scores >= bound[:, None]
     if allowed is not None:
@@ -233,7 +242,61 @@ def _request_kernel(
         lax.fori_loop(0, (end - first + tile_pages - 1) // tile_pages, step, None)
 
 
-def _listed_kernel(
+def _refine_kernel(
+    bounds_ref,  # [2] i32: position of query row 0, live rows
+    query_ref,  # [T, N, H]
+    pages_ref,  # [K, P, 2, g, H] exact keys and values
+    keys_ref,  # [K, parts, P, H] tokens of pages
+    means_ref,  # [K, 1, P, H] their means
+    spreads_ref,  # [K, P] f32
+    ids_ref,  # [K, B, M] i32 candidates
+    since_ref,  # [K, B, M] i32
+    counts_ref,  # [K, B] i32
+    _empty_ref,  # the buffer of the output
+    first_ref,  # [K, B, tiles, P] out
+    *,
+    ratio: int,
+    size: int,
+    threshold: float,
+    rule: Rule,
+    tile_pages: int,
+    interpret: bool,
+):
+    """Requests among candidates: each row weighs its windows and the candidates it knows, then asks by their tokens."""
+    tile, block, k = pl.program_id(0), pl.num_programs(1) - 1 - pl.program_id(1), pl.program_id(2)
+    probes = _probes(tile, block, k, bounds_ref, query_ref, ratio, size, rule)
+    count = counts_ref[k, block]
+
+    @pl.when(probes.block_live & (count > 0))
+    def _():
+        norm = _norm(probes, spreads_ref, rule)
+
+        def listed(i: Any) -> tuple[Array, Array, Array, Array]:
+            slot = span(i * tile_pages, tile_pages)
+            there = slot < count
+            page = plgpu.load(ids_ref.at[outer(k, block, slot)], mask=there, other=0)
+            since = plgpu.load(since_ref.at[outer(k, block, slot)], mask=there, other=rule.chunk_size)
+            return there, page, since, (since[None, :] <= probes.offset[:, None]) & there[None, :]
+
+        def weigh(i: Any, carry: tuple) -> tuple:
+            there, page, _, seen = listed(i)
+            scores = _page_scores(probes, means_ref, spreads_ref, norm, k, page, there, rule)
+            return _add(carry, jnp.where(seen, scores, -jnp.inf), interpret)
+
+        def request(i: Any, _: None) -> None:
+            there, page, since, _ = listed(i)
+            scores = _page_scores(probes, keys_ref, None, None, k, page, there, rule)
+            rows = _first_rows(scores, bound, since, probes, rule.chunk_size)
+            page = jnp.where(there, page, first_ref.shape[3])
+            plgpu.store(first_ref.at[outer(k, block, tile, page)], rows.astype(first_ref.dtype), mask=there)
+
+        steps = (count + tile_pages - 1) // tile_pages
+        mass = lax.fori_loop(0, steps, weigh, _windows(probes, pages_ref, k, size, rule, interpret))
+        bound = jnp.where(probes.live, _log2(mass) + math.log2(threshold), jnp.inf)
+        lax.fori_loop(0, steps, request, None)
+
+
+def _listed_mass_kernel(
     bounds_ref,  # [2] i32: position of query row 0, live rows
     query_ref,  # [T, N, H]
     keys_ref,  # [K, parts, P, H]
@@ -241,50 +304,34 @@ def _listed_kernel(
     ids_ref,  # [K, B, M] i32
     since_ref,  # [K, B, M] i32
     counts_ref,  # [K, B] i32
-    *refs,  # spreads [K, P] f32 (if pages are means), [requests only: the buffer of out,] out
+    *refs,  # spreads [K, P] f32 (if pages are means), then out [K, B, rows] f32
     ratio: int,
     size: int,
-    threshold: float | None,
     rule: Rule,
     tile_pages: int,
     interpret: bool,
 ):
-    """With a threshold: requests among the listed pages, scattered to [K, B, tiles, P]. Without: listed pages' mass, [K, B, rows]."""
-    spreads_ref = refs[0] if len(refs) == (2 if threshold is None else 3) else None
-    out_ref = refs[-1]
+    spreads_ref, out_ref = refs if len(refs) == 2 else (None, *refs)
     tile, block, k = pl.program_id(0), pl.num_programs(1) - 1 - pl.program_id(1), pl.program_id(2)
     probes = _probes(tile, block, k, bounds_ref, query_ref, ratio, size, rule)
 
     @pl.when(probes.block_live)
     def _():
-        bound = _bound(mass_ref, k, block, probes, threshold or 1.0)
+        unit = _bound(mass_ref, k, block, probes, 1.0)
         norm = _norm(probes, spreads_ref, rule)
         count = counts_ref[k, block]
 
-        def listed(i: Any) -> tuple[Array, Array, Array, Array]:
+        def weigh(i: Any, total: Array) -> Array:
             slot = span(i * tile_pages, tile_pages)
             there = slot < count
             page = plgpu.load(ids_ref.at[outer(k, block, slot)], mask=there, other=0)
             since = plgpu.load(since_ref.at[outer(k, block, slot)], mask=there, other=rule.chunk_size)
-            return there, page, since, _page_scores(probes, keys_ref, spreads_ref, norm, k, page, there, rule)
-
-        def request(i: Any, _: None) -> None:
-            there, page, since, scores = listed(i)
-            rows = _first_rows(scores, bound, since, probes, rule.chunk_size)
-            page = jnp.where(there, page, out_ref.shape[3])
-            plgpu.store(out_ref.at[outer(k, block, tile, page)], rows.astype(out_ref.dtype), mask=there)
-
-        def weigh(i: Any, total: Array) -> Array:
-            _, _, since, scores = listed(i)
+            scores = _page_scores(probes, keys_ref, spreads_ref, norm, k, page, there, rule)
             seen = since[None, :] <= probes.offset[:, None]
-            return total + jnp.sum(jnp.where(seen, _exp2(scores - bound[:, None], interpret), 0), axis=1)
+            return total + jnp.sum(jnp.where(seen, _exp2(scores - unit[:, None], interpret), 0), axis=1)
 
-        steps = (count + tile_pages - 1) // tile_pages
-        if threshold is not None:
-            lax.fori_loop(0, steps, request, None)
-        else:
-            total = lax.fori_loop(0, steps, weigh, jnp.zeros((size,), jnp.float32))
-            plgpu.store(out_ref.at[outer(k, block, probes.row)], total, mask=probes.inside)
+        total = lax.fori_loop(0, (count + tile_pages - 1) // tile_pages, weigh, jnp.zeros((size,), jnp.float32))
+        plgpu.store(out_ref.at[outer(k, block, probes.row)], total, mask=probes.inside)
 
 
 def none_dtype(rule: Rule) -> Any:
@@ -373,11 +420,11 @@ def probe_requests(
     return _call(_request_kernel, "probe_requests", shape, operands, keys.shape[1], rule, config, interpret, **settings)
 
 
-def listed_requests(
+def refine(
     query: Float[Array, "T N H"],
     bounds: Int[Array, " 2"],
-    keys: Float[Array, "K parts P H"],
-    mass: Float[Array, "K B r"],
+    pages: Float[Array, "K P 2 g H"],
+    keys: PageKeys,
     ids: Int[Array, "K B M"],
     since: Int[Array, "K B M"],
     counts: Int[Array, "K B"],
@@ -387,14 +434,18 @@ def listed_requests(
     config: Config,
     interpret: bool,
 ) -> Int[Array, "K B tiles P"]:
-    """The same for listed pages alone, each from the row `since` which it is listed; chunk_size for all others."""
-    ratio = query.shape[1] // keys.shape[0]
+    """The first row of each chunk that asks for a page among its candidates, by row tile; chunk_size for all others.
+
+    A row knows the candidates whose `since` it has reached. It asks for those that hold, by their tokens, the threshold's share of the mass
+    of its exact windows and of all candidates it knows, the latter by their means and spreads.
+    """
+    ratio = query.shape[1] // keys.tokens.shape[0]
     tiles, _ = row_tiles(rule, ratio, config)
-    empty = jnp.full((*mass.shape[:2], tiles, keys.shape[2]), rule.chunk_size, none_dtype(rule))
-    operands = [bounds, query, keys, mass, ids, since, counts, empty]
+    empty = jnp.full((*counts.shape, tiles, keys.tokens.shape[2]), rule.chunk_size, none_dtype(rule))
+    operands = [bounds, query, pages, *keys, ids, since, counts, empty]
     shape = jax.ShapeDtypeStruct(empty.shape, empty.dtype)
-    settings = {"ratio": ratio, "threshold": threshold, "aliases": {7: 0}}
-    return _call(_listed_kernel, "listed_requests", shape, operands, keys.shape[1], rule, config, interpret, **settings)
+    settings = {"ratio": ratio, "threshold": threshold, "aliases": {9: 0}}
+    return _call(_refine_kernel, "refine_candidates", shape, operands, keys.tokens.shape[1], rule, config, interpret, **settings)
 
 
 def listed_mass(
@@ -415,5 +466,4 @@ def listed_mass(
     ratio = query.shape[1] // keys.shape[0]
     operands = [bounds, query, keys, mass, ids, since, counts, spreads]
     shape = jax.ShapeDtypeStruct(mass.shape, jnp.float32)
-    settings = {"ratio": ratio, "threshold": None}
-    return _call(_listed_kernel, "listed_mass", shape, operands, keys.shape[1], rule, config, interpret, **settings)
+    return _call(_listed_mass_kernel, "listed_mass", shape, operands, keys.shape[1], rule, config, interpret, ratio=ratio)

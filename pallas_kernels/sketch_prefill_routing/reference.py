@@ -9,82 +9,77 @@ def reference_route(
     query, keys, sketched, stamps, first_position, count, *, chunk_size, group_size, sink_chunks, local_chunks, scale, threshold, capacity,
     screen=None,
 ):  # fmt: skip
-    """query [T, N, H]; keys [K, S, H] exact; sketched [K, S, H]. screen: None, or dict(stride, spread, margin, threshold, capacity).
+    """query [T, N, H]; keys [K, S, H] exact; sketched [K, S, H]. screen: None, or a dict with the fields of config.Screen.
 
-    Returns visible[k][t], the pages each query sees, stamps, refused, unopened (summed over probing queries times stride, averaged over
+    Returns visible[k][t], the pages each query sees, stamps, refused, unopened (summed over screening queries times stride, averaged over
     heads), and the smallest |log(mass / bound)| met: how far rounding is from changing a decision.
     """
     query, keys, sketched = (np.asarray(x, np.float64) for x in (query, keys, sketched))
     stamps = np.array(stamps)
     kv_heads, ratio = len(keys), query.shape[1] // len(keys)
     per_chunk = chunk_size // group_size
-    stride = screen["stride"] if screen else 1
+    stride, request_stride = (screen["stride"], screen["request_stride"]) if screen else (1, 1)
     visible = [{} for _ in range(kv_heads)]
     refused, unopened, closest = 0, 0.0, np.inf
 
-    def decide(mass, bound):
+    def reaches(log_score, log_bound):
         nonlocal closest
-        closest = min(closest, abs(np.log(mass / bound)))
-        return mass >= bound
+        closest = min(closest, abs(log_score - log_bound))
+        return log_score >= log_bound
+
+    def log_sum(values):
+        peak = max(values)
+        return peak + np.log(sum(np.exp(v - peak) for v in values))
 
     for k in range(kv_heads):
-        candidates_before = {}
+        wanted_before = set()
         for own in range(first_position // chunk_size, (first_position + count - 1) // chunk_size + 1):
             local = max(own - local_chunks, 0)
             middle = range(sink_chunks * per_chunk, max(local, sink_chunks) * per_chunk)
             carried = [page for page in range(stamps.shape[1]) if stamps[k, page] >= own - 1]
             listed = dict.fromkeys(carried[:capacity], 0)
-            candidates = dict.fromkeys(sorted(candidates_before)[: screen["capacity"]], 0) if screen else {}
-            found = {}
-            probes = []
+            candidates = dict.fromkeys(sorted(wanted_before)[: screen["capacity"]], 0) if screen else {}
+            wanted_here, turned_down, screened = set(), set(), []
             for row in range(chunk_size):
                 t = own * chunk_size + row
                 if not first_position <= t < first_position + count:
                     continue
-                if t % stride == 0:
-                    near = [s for s in range(t + 1) if s < min(sink_chunks, local) * chunk_size or s >= local * chunk_size]
-                    heads = []
-                    for n in range(k * ratio, (k + 1) * ratio):
-                        q = query[t - first_position, n]
-                        tokens = {p: sketched[k, p * group_size : (p + 1) * group_size] for p in middle}
-                        exact = {p: (rows @ q).max() * scale for p, rows in tokens.items()}
-                        cheap = exact
-                        if screen:
-                            cheap = {
-                                p: (rows.mean(0) @ q + screen["spread"] * np.linalg.norm(q) * np.sqrt(rows.var(0).mean())) * scale
-                                for p, rows in tokens.items()
-                            }
-                        windows = (keys[k, near] @ q) * scale
-                        peak = max([windows.max(), *cheap.values()])
-                        total = np.exp(windows - peak).sum() + sum(np.exp(s - peak) for s in cheap.values())
-                        near_share = np.exp(windows - peak).sum() / total
-                        heads.append(({p: np.exp(s - peak) / total for p, s in cheap.items()}, exact, peak + np.log(total), near_share))
-                    bound = threshold
-                    pool = list(middle)
+                near = [s for s in range(t + 1) if s < min(sink_chunks, local) * chunk_size or s >= local * chunk_size]
+                heads = []
+                for n in range(k * ratio, (k + 1) * ratio):
+                    q = query[t - first_position, n]
+                    tokens = {p: sketched[k, p * group_size : (p + 1) * group_size] for p in middle}
+                    exact = {p: (rows @ q).max() * scale for p, rows in tokens.items()}
+                    cheap = exact
                     if screen:
-                        wanted = [
-                            p
-                            for p in middle
-                            if np.any([decide(mass[p], threshold * screen["margin"] * near) for mass, _, _, near in heads])
-                        ]
-                        found.update({p: row for p in wanted if p not in found})
+                        off = screen["spread"] * np.linalg.norm(q)
+                        cheap = {p: (rows.mean(0) @ q + off * np.sqrt(rows.var(0).mean())) * scale for p, rows in tokens.items()}
+                    heads.append((exact, cheap, log_sum(list(keys[k, near] @ q * scale))))
+                if t % stride == 0:
+                    screened.append((row, [(cheap, log_sum([window, *cheap.values()])) for _, cheap, window in heads]))
+                    if screen:
+                        bound = np.log(threshold * screen["margin"])
+                        wanted = [p for p in middle if np.any([reaches(cheap[p], window + bound) for _, cheap, window in heads])]
+                        wanted_here.update(wanted)
                         for p in wanted:
                             if p not in candidates and len(candidates) < screen["capacity"]:
                                 candidates[p] = row
-                        pool, bound = sorted(candidates), threshold * screen["threshold"]
-                    asked = [p for p in pool if np.any([decide(np.exp(exact[p] - log), bound) for _, exact, log, _ in heads])]
-                    for p in asked:
+                if t % request_stride == 0:
+                    pool, bound = sorted(candidates) if screen else list(middle), np.log(threshold * (screen["threshold"] if screen else 1))
+                    totals = [log_sum([window, *(cheap[p] for p in pool)]) for _, cheap, window in heads]
+                    reached = [[reaches(exact[p], total + bound) for (exact, *_), total in zip(heads, totals, strict=True)] for p in pool]
+                    for p in (p for p, any_head in zip(pool, reached, strict=True) if np.any(any_head)):
                         if p not in listed and len(listed) < capacity:
                             listed[p] = row
-                        elif p not in listed:
-                            refused += 1 if p not in found.get("refused", set()) else 0
-                            found.setdefault("refused", set()).add(p)
                         if p in listed:
                             stamps[k, p] = own
-                    probes.append((row, heads))
+                        else:
+                            turned_down.add(p)
                 visible[k][t] = set(listed)
-            candidates_before = {p for p in found if p != "refused"}
-            for row, heads in probes:
-                for mass, *_ in heads:
-                    unopened += stride * sum(m for p, m in mass.items() if listed.get(p, chunk_size) > row) / query.shape[1]
+            wanted_before = wanted_here
+            refused += len(turned_down)
+            for row, heads in screened:
+                for cheap, total in heads:
+                    shut = [np.exp(score - total) for p, score in cheap.items() if listed.get(p, chunk_size) > row]
+                    unopened += stride * sum(shut) / query.shape[1]
     return visible, stamps, refused, unopened, closest

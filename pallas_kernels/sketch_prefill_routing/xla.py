@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.sketch_prefill_routing.config import Rule
+from pallas_kernels.sketch_prefill_routing.keys import PageKeys
 
 
 def _rows(query: Float[Array, "T N H"], bounds: Int[Array, " 2"], block: Int[Array, ""], kv_heads: int, rule: Rule):
@@ -46,6 +47,22 @@ def middle(bounds: Int[Array, " 2"], block: Int[Array, "*n"], pages: int, rule: 
     return (chunk >= rule.sink_chunks) & (chunk < jnp.asarray(own - rule.local_chunks)[..., None])
 
 
+def _window_mass(
+    rows: Float[Array, "K r H"], position: Int[Array, " r"], bounds: Int[Array, " 2"], block: Int[Array, ""], pages: Array, rule: Rule
+) -> Float[Array, "K r"]:
+    """Log of the summed exponentials of the rows' exact scores over sinks, local window and own chunk."""
+    kv_heads, count = pages.shape[:2]
+    own = bounds[0] // rule.chunk_size + block
+    local = jnp.maximum(own - rule.local_chunks, 0)
+    chunks = jnp.concatenate([jnp.arange(rule.sink_chunks), local + jnp.arange(rule.local_chunks + 1)])
+    used = jnp.where(jnp.arange(len(chunks)) < rule.sink_chunks, chunks < local, chunks <= own)
+    page = (chunks[:, None] * rule.pages_per_chunk + jnp.arange(rule.pages_per_chunk)).reshape(-1)
+    token = (page[:, None] * rule.group_size + jnp.arange(rule.group_size)).reshape(-1)
+    near = pages[:, jnp.clip(page, 0, count - 1), 0].reshape(kv_heads, len(token), -1)
+    seen = jnp.repeat(used, rule.chunk_size) & (token <= position[:, None])
+    return jax.nn.logsumexp(jnp.where(seen, _products(rows, near) * rule.scale, -jnp.inf), axis=-1)
+
+
 def probe_mass(
     query, bounds, pages, keys, spreads, *, threshold: float | None, rule: Rule
 ) -> tuple[Float[Array, "K B r"], Float[Array, "K B r"], Int[Array, "K B 1 P"] | None]:
@@ -54,15 +71,7 @@ def probe_mass(
 
     def one(block: Int[Array, ""]) -> tuple[Array, Array]:
         rows, position, _, _ = _rows(query, bounds, block, kv_heads, rule)
-        own = bounds[0] // rule.chunk_size + block
-        local = jnp.maximum(own - rule.local_chunks, 0)
-        chunks = jnp.concatenate([jnp.arange(rule.sink_chunks), local + jnp.arange(rule.local_chunks + 1)])
-        used = jnp.where(jnp.arange(len(chunks)) < rule.sink_chunks, chunks < local, chunks <= own)
-        page = (chunks[:, None] * rule.pages_per_chunk + jnp.arange(rule.pages_per_chunk)).reshape(-1)
-        token = (page[:, None] * rule.group_size + jnp.arange(rule.group_size)).reshape(-1)
-        near = pages[:, jnp.clip(page, 0, count - 1), 0].reshape(kv_heads, len(token), -1)
-        seen = jnp.repeat(used, rule.chunk_size) & (token <= position[:, None])
-        window = jax.nn.logsumexp(jnp.where(seen, _products(rows, near) * rule.scale, -jnp.inf), axis=-1)
+        window = _window_mass(rows, position, bounds, block, pages, rule)
         scores = jnp.where(middle(bounds, block, count, rule), _page_scores(rows, keys, spreads, rule), -jnp.inf)
         return window, jnp.logaddexp(window, jax.nn.logsumexp(scores, axis=-1))
 
@@ -99,18 +108,22 @@ def _listed(query, bounds, block, keys, spreads, ids, since, counts, rule: Rule)
     return _page_scores(rows, listed, spread, rule), seen, there, page, offset, live
 
 
-def listed_requests(query, bounds, keys, mass, ids, since, counts, *, threshold: float, rule: Rule) -> Int[Array, "K B 1 P"]:
-    """See kernel.listed_requests."""
+def refine(query, bounds, pages, keys: PageKeys, ids, since, counts, *, threshold: float, rule: Rule) -> Int[Array, "K B 1 P"]:
+    """See kernel.refine."""
 
     def one(block: Int[Array, ""]) -> Array:
-        scores, seen, there, page, offset, live = _listed(query, bounds, block, keys, None, ids, since, counts, rule)
-        asking = seen & live[:, None] & (scores >= (mass[:, block] + math.log(threshold))[..., None])
+        cheap, seen, *_ = _listed(query, bounds, block, keys.means, keys.spreads, ids, since, counts, rule)
+        scores, _, there, page, offset, live = _listed(query, bounds, block, keys.tokens, None, ids, since, counts, rule)
+        rows, position, _, _ = _rows(query, bounds, block, len(pages), rule)
+        window = _window_mass(rows, position, bounds, block, pages, rule)
+        mass = jnp.logaddexp(window, jax.nn.logsumexp(jnp.where(seen, cheap, -jnp.inf), axis=-1))
+        asking = seen & live[:, None] & (scores >= (mass + math.log(threshold))[..., None])
         first = jnp.min(jnp.where(asking, offset[:, None], rule.chunk_size), axis=1)
-        page = jnp.where(there, page, keys.shape[2])
-        none = jnp.full((keys.shape[2],), rule.chunk_size)
+        page = jnp.where(there, page, keys.tokens.shape[2])
+        none = jnp.full((keys.tokens.shape[2],), rule.chunk_size)
         return jax.vmap(lambda page, first: none.at[page].set(first, mode="drop"))(page, first)
 
-    return lax.map(one, jnp.arange(mass.shape[1])).swapaxes(0, 1)[:, :, None]
+    return lax.map(one, jnp.arange(counts.shape[1])).swapaxes(0, 1)[:, :, None]
 
 
 def listed_mass(query, bounds, keys, spreads, mass, ids, since, counts, *, rule: Rule) -> Float[Array, "K B r"]:

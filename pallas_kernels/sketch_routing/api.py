@@ -13,27 +13,41 @@ from pallas_kernels.sketch_routing.config import Config
 
 LEVELS = (-1.5104, -0.4528, 0.4528, 1.5104)  # Lloyd-Max quantiser of a unit Gaussian; codes 0..3 ascending
 THRESHOLDS = (-0.9816, 0.0, 0.9816)
+PARTS = 16  # lists a kv head: enough small programs to make them at once, few enough that few are empty
 
 
 class PageList(NamedTuple):
-    """ids: pages of each kv head, ascending, the first count[:, 0] valid."""
+    """Pages of each kv head in `parts` lists of equal room: page p can only be in list p % parts, and lists are made side by side.
+
+    ids: the lists one after the other, each ascending. count: how many of each are valid.
+    """
 
     ids: Int[Array, "K M"]
-    count: Int[Array, "K 1"]
+    count: Int[Array, "K parts"]
+
+
+def list_shape(pages: int, capacity: int) -> tuple[int, int]:
+    """(parts, room of each) for lists of at most `capacity` of so many pages.
+
+    Twice the room that an even share would need: pages are dealt out in turn, so lists fill evenly, and running out of room in one list
+    while others have some is rarer than running out altogether.
+    """
+    parts = min(PARTS, pages)
+    return parts, min(-(-pages // parts), -(-2 * capacity // parts))
 
 
 class Pages(NamedTuple):
     """stamps [K, P]: the last chunk in which a page was requested.
 
     fresh: pages that this token opened, in addition to those that `carried_pages` gave. carried: those open for the next token.
-    counts [K, 2]: pages visible to this token, requests refused for lack of room.
-    unopened [K, G]: share of each head's attention mass that lies in pages not visible, by the same estimate."""
+    counts [K, parts, 2]: pages visible to this token, requests refused for lack of room.
+    unopened [K, parts, G]: share of each head's attention mass that lies in pages not visible, by the same estimate."""
 
     stamps: Int[Array, "K P"]
     fresh: PageList
     carried: PageList
-    counts: Int[Array, "K 2"]
-    unopened: Float[Array, "K G"]
+    counts: Int[Array, "K parts 2"]
+    unopened: Float[Array, "K parts G"]
 
 
 class QueryColumns(NamedTuple):
@@ -79,10 +93,11 @@ def carried_pages(
     interpret: bool = False,
 ) -> PageList:
     """The pages that earlier requests leave open for a token of `own_chunk`: known before its queries are."""
+    parts, room = list_shape(stamps.shape[1], capacity)
     if implementation == "xla":
-        return PageList(*xla.page_list(stamps >= own_chunk - 1, capacity))
+        return PageList(*xla.page_list(stamps >= own_chunk - 1, parts, room))
     own_chunk = own_chunk[None].astype(jnp.int32)
-    return PageList(*kernel.carried_pages(stamps, own_chunk, capacity=capacity, config=config or Config(), interpret=interpret))
+    return PageList(*kernel.carried_pages(stamps, own_chunk, parts=parts, room=room, config=config or Config(), interpret=interpret))
 
 
 def pack_codes(codes: Int[Array, "*n H"]) -> UInt8[Array, "*n B"]:
@@ -167,7 +182,8 @@ def sketch_routing(
         jnp.int32
     )
     config = config or Config()
-    rules = {"pages_per_chunk": pages_per_chunk, "threshold": threshold, "capacity": capacity}
+    parts, room = list_shape(stamps.shape[1], capacity)
+    rules = {"pages_per_chunk": pages_per_chunk, "threshold": threshold, "parts": parts, "room": room}
     if implementation == "xla":
         direct, rotated = (sum(jnp.split(x.astype(jnp.float32), 2, axis=-1))[..., :heads].swapaxes(1, 2) for x in query)
         scores = xla.scan(direct, rotated, means, codes, scales, middle, group_size=group_size, scale=scale)

@@ -103,58 +103,66 @@ def _scan_kernel(
     first, end = middle_ref[0], middle_ref[1]
     begin, blocks = first // block_chunks, (end + block_chunks - 1) // block_chunks
 
-    def join(product, rows):
-        return product.reshape(rows, 2, padded).sum(1)
+    # One product over the whole head: the four codes of a byte side by side, so the query's rows come in that order.
+    place = jnp.arange(4 * bytes_padded)
+    part, real_row = place % 4 // 2 + 2 * (place % 2), place // 4 < code_bytes
+    row = part * code_bytes + place // 4
+    if config.turned:
+        rotated = plgpu.load(rotated_ref.at[k, row[None, :], column[:, None]], mask=real_row[None, :], other=0)
+        direct = plgpu.load(direct_ref.at[k, dim[None, :], column[:, None]], mask=real_dim[None, :], other=0)
+    else:
+        rotated = plgpu.load(rotated_ref.at[k, row[:, None], column[None, :]], mask=real_row[:, None], other=0)
+        direct = plgpu.load(direct_ref.at[k, dim[:, None], column[None, :]], mask=real_dim[:, None], other=0)
 
-    rotated = [
-        plgpu.load(rotated_ref.at[k, (quarter * code_bytes + byte)[:, None], column[None, :]], mask=real_byte[:, None], other=0)
-        for quarter in range(4)
-    ]
-    direct = plgpu.load(direct_ref.at[k, dim[:, None], column[None, :]], mask=real_dim[:, None], other=0)
+    def beside(x, y):
+        return jnp.concatenate([x[..., None], y[..., None]], axis=-1)
 
-    def fetch(block):
+    def one(i, carry):
+        peak, total = carry
+        block = begin + program + i * config.scan_programs
         token = block * tokens + jnp.arange(tokens)
-        held = (token < chunks * chunk_size) & (block < blocks)
+        held = token < chunks * chunk_size
         codes = plgpu.load(
             codes_ref.at[k, token[:, None], byte[None, :]], mask=held[:, None] & real_byte[None, :], other=0, eviction_policy="evict_first"
         )
         token_scale = plgpu.load(scales_ref.at[k, token], mask=held, other=0)
-        row = jnp.arange(mean_rows)
-        chunk = block * block_chunks + row
-        real = ((row < block_chunks) & (chunk < chunks) & (block < blocks))[:, None] & real_dim[None, :]
-        return codes, token_scale, plgpu.load(means_ref.at[k, chunk[:, None], dim[None, :]], mask=real, other=0)
+        mean_row = jnp.arange(mean_rows)
+        chunk = block * block_chunks + mean_row
+        real = ((mean_row < block_chunks) & (chunk < chunks))[:, None] & real_dim[None, :]
+        mean = plgpu.load(means_ref.at[k, chunk[:, None], dim[None, :]], mask=real, other=0)
 
-    def one(i, carry):
-        peak, total, *loaded = carry
-        block = begin + program + i * config.scan_programs
-        codes, token_scale, mean = loaded or fetch(block)
-        after = fetch(block + config.scan_programs) if loaded else ()  # on its way while this block is worked on
-        residual = jnp.zeros((tokens, columns), jnp.float32)
-        for quarter in range(4):
-            residual += plgpu.dot(unpack(codes, quarter), rotated[quarter])
-        residual = join(residual, tokens) * (token_scale.astype(jnp.float32) * LEVEL_UNIT)[:, None]
-        best = residual.reshape(groups, group_size, padded).max(1)  # the chunk's mean is common to its tokens: it can wait
+        first_pair, second_pair = (beside(unpack(codes, q), unpack(codes, q + 1)) for q in (0, 2))
+        levels = beside(first_pair, second_pair).reshape(tokens, 4 * bytes_padded)
         high = mean.astype(jnp.bfloat16)
-        base = plgpu.dot(high, direct)
-        if mean.dtype != jnp.bfloat16:
-            base += plgpu.dot((mean.astype(jnp.float32) - high.astype(jnp.float32)).astype(jnp.bfloat16), direct)
-        base = join(base, mean_rows).reshape(mean_rows // block_chunks, block_chunks, padded).sum(0)
-        score = (best.reshape(block_chunks, pages, padded) + base[:, None, :]).reshape(groups, padded) * scale
-        group = jnp.arange(groups)
-        chunk = block * block_chunks + group // pages
-        live = ((chunk >= first) & (chunk < end))[:, None] & (head < heads)[None, :]
-        score = jnp.where(live, score, -jnp.inf)
-        page = (block * groups + group)[:, None]
-        plgpu.store(scores_ref.at[k, page, head[None, :]], score, mask=(page < chunks * pages) & (head < padded)[None, :])
-        new_peak = jnp.maximum(peak, score.max(0))
+        parts = [high] if mean.dtype == jnp.bfloat16 else [high, (mean.astype(jnp.float32) - high.astype(jnp.float32)).astype(jnp.bfloat16)]
+        if config.turned:
+            residual = plgpu.dot(rotated, levels, trans_b=True).reshape(2, padded, tokens).sum(0)
+            residual = residual * (token_scale.astype(jnp.float32) * LEVEL_UNIT)[None, :]
+            best = residual.reshape(padded, groups, group_size).max(2)
+            base = sum(plgpu.dot(direct, part, trans_b=True) for part in parts).reshape(2, padded, mean_rows).sum(0)
+            base = base.reshape(padded, mean_rows // block_chunks, block_chunks).sum(1)
+            score = (best.reshape(padded, block_chunks, pages) + base[:, :, None]).reshape(padded, groups) * scale
+            group_of, head_of, axis = jnp.arange(groups)[None, :], head[:, None], 1
+        else:
+            residual = plgpu.dot(levels, rotated).reshape(tokens, 2, padded).sum(1)
+            residual = residual * (token_scale.astype(jnp.float32) * LEVEL_UNIT)[:, None]
+            best = residual.reshape(groups, group_size, padded).max(1)  # the chunk's mean is common to its tokens: it can wait
+            base = sum(plgpu.dot(part, direct) for part in parts).reshape(mean_rows, 2, padded).sum(1)
+            base = base.reshape(mean_rows // block_chunks, block_chunks, padded).sum(0)
+            score = (best.reshape(block_chunks, pages, padded) + base[:, None, :]).reshape(groups, padded) * scale
+            group_of, head_of, axis = jnp.arange(groups)[:, None], head[None, :], 0
+        chunk_of = block * block_chunks + group_of // pages
+        score = jnp.where((chunk_of >= first) & (chunk_of < end) & (head_of < heads), score, -jnp.inf)
+        page = block * groups + group_of
+        plgpu.store(scores_ref.at[k, page + 0 * head_of, head_of + 0 * page], score, mask=(page < chunks * pages) & (head_of < padded))
+        new_peak = jnp.maximum(peak, score.max(axis))
         safe = jnp.where(new_peak > -jnp.inf, new_peak, 0)
-        total = total * jnp.exp(peak - safe) + jnp.exp(score - safe[None, :]).sum(0)
-        return new_peak, total, *after
+        total = total * jnp.exp(peak - safe) + jnp.exp(score - (safe[:, None] if axis else safe[None, :])).sum(axis)
+        return new_peak, total
 
     nothing = jnp.full((padded,), -jnp.inf, jnp.float32), jnp.zeros((padded,), jnp.float32)
     turns = jnp.maximum(blocks - begin - program + config.scan_programs - 1, 0) // config.scan_programs
-    ahead = fetch(begin + program) if config.scan_ahead else ()
-    peak, total, *_ = lax.fori_loop(0, turns, one, (*nothing, *ahead))
+    peak, total = lax.fori_loop(0, turns, one, nothing)
     partial_ref[k, program, 0, head] = peak
     partial_ref[k, program, 1, head] = total
 
@@ -246,25 +254,34 @@ def _select_kernel(
     stamps_ref,  # [K, P] i32 device
     chunks_ref,  # [4] i32 device: first and end of the routed middle, own chunk, the next token's chunk
     stamps_out_ref,  # [K, P] i32 device, the same buffer as stamps_ref
-    fresh_ref,  # [K, M] i32 device, out: pages opened by this token
-    fresh_count_ref,  # [K, 1] i32 device, out
-    carried_ref,  # [K, M] i32 device, out: pages that stay open for the next token
-    carried_count_ref,  # [K, 1] i32 device, out
-    counts_ref,  # [K, 2] i32 device, out: pages visible, requests refused
-    unopened_ref,  # [K, G] f32 device, out: estimated share of the mass that lies in pages not visible
+    fresh_ref,  # [K, parts * M] i32 device, out: pages opened by this token, part by part
+    fresh_count_ref,  # [K, parts] i32 device, out
+    carried_ref,  # [K, parts * M] i32 device, out: pages that stay open for the next token
+    carried_count_ref,  # [K, parts] i32 device, out
+    counts_ref,  # [K, parts, 2] i32 device, out: pages visible, requests refused
+    unopened_ref,  # [K, parts, G] f32 device, out: estimated share of the mass that lies in pages not visible
     *,
     pages_per_chunk: int,
     threshold: float,
     heads: int,
     config: Config,
 ):
-    k = pl.program_id(0)
+    k, part = pl.program_id(0), pl.program_id(1)
     pages, padded = scores_ref.shape[1], scores_ref.shape[2]
-    capacity = fresh_ref.shape[1]
-    step = min(config.select_pages, pl.next_power_of_2(pages))
+    parts = fresh_count_ref.shape[1]
+    room_of_part = fresh_ref.shape[1] // parts
+    step = min(config.select_pages, pl.next_power_of_2(-(-pages // parts)))
     head = jnp.arange(padded)
     first, end = chunks_ref[0] * pages_per_chunk, jnp.minimum(chunks_ref[1] * pages_per_chunk, pages)
     own, after = chunks_ref[2], chunks_ref[3]
+
+    def load(i):
+        page = (i * step + jnp.arange(step)) * parts + part
+        stamps = plgpu.load(stamps_ref.at[k, page], mask=page < end, other=-2)
+        middle = (page < end) & (page >= first)
+        return page, stamps, middle, plgpu.load(scores_ref.at[k, page[:, None], head[None, :]], mask=middle[:, None], other=-jnp.inf)
+
+    ahead = load(0)  # on its way while the softmax sums are put together
 
     def combine(ref, count, width):
         row = jnp.arange(pl.next_power_of_2(count))
@@ -283,52 +300,43 @@ def _select_kernel(
     unit = safe + jnp.log(jnp.where(total > 0, total, 1))  # exp(score - unit) is a page's share of the mass
     bound = jnp.where(head < heads, unit + math.log(threshold), jnp.inf)
 
-    def load_stamps(i):
-        page = i * step + jnp.arange(step)
-        return page, plgpu.load(stamps_ref.at[k, page], mask=page < end, other=-2)
-
-    def count_seen(i, seen):
-        return seen + jnp.sum((load_stamps(i)[1] >= own - 1).astype(jnp.int32))
-
-    def decide(i, carry):
+    def decide(loaded, carry):
         kept_before, fresh_before, seen_before, unopened = carry
-        page, stamps = load_stamps(i)
-        middle = (page < end) & (page >= first)
-        scores = plgpu.load(scores_ref.at[k, page[:, None], head[None, :]], mask=middle[:, None], other=-jnp.inf)
+        page, stamps, middle, scores = loaded
         wanted = jnp.max((scores >= bound[None, :]).astype(jnp.int32), axis=1) * middle.astype(jnp.int32)
         seen = (stamps >= own - 1).astype(jnp.int32)
         fresh = wanted * (1 - seen)
         stays = seen * ((wanted > 0) | (stamps >= after - 1)).astype(jnp.int32)
         running = jnp.cumsum(stays + (fresh << 16), axis=0)
         fresh_rank = running >> 16
-        room_here = jnp.maximum(room - fresh_before, 0)
-        taken = fresh * (fresh_rank <= room_here).astype(jnp.int32)
+        room = jnp.maximum(room_of_part - seen_all - fresh_before, 0)
+        taken = fresh * (fresh_rank <= room).astype(jnp.int32)
         visible = seen + taken
         plgpu.store(stamps_out_ref.at[k, page], jnp.broadcast_to(own, (step,)), mask=(wanted * visible) > 0)
-        rank = fresh_before + fresh_rank - 1
-        put = (taken > 0) & (rank < capacity)
-        plgpu.store(fresh_ref.at[k, jnp.where(put, rank, capacity)], page, mask=put)
-        rank = kept_before + (running & 0xFFFF) + jnp.minimum(fresh_rank, room_here) - 1
-        put = (stays + taken > 0) & (rank < capacity)
-        plgpu.store(carried_ref.at[k, jnp.where(put, rank, capacity)], page, mask=put)
+        for ref, chosen, rank in (
+            (fresh_ref, taken > 0, fresh_before + fresh_rank - 1),
+            (carried_ref, stays + taken > 0, kept_before + (running & 0xFFFF) + jnp.minimum(fresh_rank, room) - 1),
+        ):
+            put = chosen & (rank < room_of_part)
+            plgpu.store(ref.at[k, jnp.where(put, part * room_of_part + rank, parts * room_of_part)], page, mask=put)
         unopened += jnp.sum(jnp.where((visible > 0)[:, None], 0.0, jnp.exp(scores - unit[None, :])), axis=0)
         both = jnp.sum(stays + taken + (fresh << 16))
         return kept_before + (both & 0xFFFF), fresh_before + (both >> 16), seen_before + jnp.sum(seen), unopened
 
-    steps = (jnp.maximum(end, 1) + step - 1) // step
     nothing = jnp.int32(0), jnp.int32(0), jnp.int32(0), jnp.zeros((padded,), jnp.float32)
-    if pages <= step:
-        room = jnp.maximum(capacity - count_seen(0, jnp.int32(0)), 0)
-        kept, fresh, seen, unopened = decide(0, nothing)
+    if pages <= step * parts:
+        seen_all = jnp.sum((ahead[1] >= own - 1).astype(jnp.int32))
+        kept, fresh, seen, unopened = decide(ahead, nothing)
     else:
-        room = jnp.maximum(capacity - lax.fori_loop(0, steps, count_seen, jnp.int32(0)), 0)
-        kept, fresh, seen, unopened = lax.fori_loop(0, steps, decide, nothing)
-    taken = jnp.minimum(fresh, room)
-    fresh_count_ref[k, 0] = taken
-    carried_count_ref[k, 0] = jnp.minimum(kept, capacity)
-    counts_ref[k, 0] = jnp.minimum(seen + taken, capacity)
-    counts_ref[k, 1] = fresh - taken
-    plgpu.store(unopened_ref.at[k, head], unopened, mask=head < heads)
+        steps = (jnp.maximum(end, 1) + step * parts - 1) // (step * parts)
+        seen_all = lax.fori_loop(0, steps, lambda i, n: n + jnp.sum((load(i)[1] >= own - 1).astype(jnp.int32)), jnp.int32(0))
+        kept, fresh, seen, unopened = lax.fori_loop(1, steps, lambda i, c: decide(load(i), c), decide(ahead, nothing))
+    taken = jnp.minimum(fresh, jnp.maximum(room_of_part - seen_all, 0))
+    fresh_count_ref[k, part] = taken
+    carried_count_ref[k, part] = jnp.minimum(kept, room_of_part)
+    counts_ref[k, part, 0] = jnp.minimum(seen + taken, room_of_part)
+    counts_ref[k, part, 1] = fresh - taken
+    plgpu.store(unopened_ref.at[k, part, head], unopened, mask=head < heads)
 
 
 def select(
@@ -340,23 +348,24 @@ def select(
     *,
     pages_per_chunk: int,
     threshold: float,
-    capacity: int,
+    parts: int,
+    room: int,
     config: Config,
     interpret: bool,
-) -> tuple[Int[Array, "K P"], Int[Array, "K M"], Int[Array, "K 1"], Int[Array, "K M"], Int[Array, "K 1"], Int[Array, "K 2"], Array]:
+) -> tuple[Array, ...]:
     """Stamps with this token's requests (in place), the lists and figures of api.Pages."""
     kv_heads, pages, _ = scores.shape
     check_offsets(scores=scores)
     kernel = partial(_select_kernel, pages_per_chunk=pages_per_chunk, threshold=threshold, heads=window.shape[3], config=config)
-    shapes = [(kv_heads, pages), (kv_heads, capacity), (kv_heads, 1), (kv_heads, capacity), (kv_heads, 1), (kv_heads, 2)]
+    shapes = [(pages,), (parts * room,), (parts,), (parts * room,), (parts,), (parts, 2)]
     return pl.pallas_call(
         kernel,
-        grid=(kv_heads,),
+        grid=(kv_heads, parts),
         in_specs=[pl.no_block_spec] * 5,
         out_specs=[pl.no_block_spec] * 7,
         out_shape=[
-            *(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes),
-            jax.ShapeDtypeStruct((kv_heads, window.shape[3]), jnp.float32),
+            *(jax.ShapeDtypeStruct((kv_heads, *shape), jnp.int32) for shape in shapes),
+            jax.ShapeDtypeStruct((kv_heads, parts, window.shape[3]), jnp.float32),
         ],
         input_output_aliases={3: 0},
         compiler_params=plgpu.CompilerParams(num_warps=config.select_warps, num_stages=1),
@@ -368,37 +377,38 @@ def select(
 def _carried_kernel(
     stamps_ref,  # [K, P] i32 device
     own_ref,  # [1] i32 device
-    carried_ref,  # [K, M] i32 device, out
-    count_ref,  # [K, 1] i32 device, out
+    carried_ref,  # [K, parts * M] i32 device, out
+    count_ref,  # [K, parts] i32 device, out
     *,
     config: Config,
 ):
-    k = pl.program_id(0)
-    pages, capacity = stamps_ref.shape[1], carried_ref.shape[1]
-    step = min(config.select_pages, pl.next_power_of_2(pages))
+    k, part = pl.program_id(0), pl.program_id(1)
+    pages, parts = stamps_ref.shape[1], count_ref.shape[1]
+    room = carried_ref.shape[1] // parts
+    step = min(config.select_pages, pl.next_power_of_2(-(-pages // parts)))
 
     def one(i, before):
-        page = i * step + jnp.arange(step)
+        page = (i * step + jnp.arange(step)) * parts + part
         seen = plgpu.load(stamps_ref.at[k, page], mask=page < pages, other=-2) >= own_ref[0] - 1
         rank = before + jnp.cumsum(seen.astype(jnp.int32), axis=0) - 1
-        put = seen & (rank < capacity)
-        plgpu.store(carried_ref.at[k, jnp.where(put, rank, capacity)], page, mask=put)
+        put = seen & (rank < room)
+        plgpu.store(carried_ref.at[k, jnp.where(put, part * room + rank, parts * room)], page, mask=put)
         return before + jnp.sum(seen.astype(jnp.int32))
 
-    count_ref[k, 0] = jnp.minimum(lax.fori_loop(0, -(-pages // step), one, jnp.int32(0)), capacity)
+    count_ref[k, part] = jnp.minimum(lax.fori_loop(0, -(-pages // (step * parts)), one, jnp.int32(0)), room)
 
 
 def carried_pages(
-    stamps: Int[Array, "K P"], own_chunk: Int[Array, " 1"], *, capacity: int, config: Config, interpret: bool
-) -> tuple[Int[Array, "K M"], Int[Array, "K 1"]]:
-    """The pages that earlier requests leave open for a token of `own_chunk`, ascending, and how many they are."""
+    stamps: Int[Array, "K P"], own_chunk: Int[Array, " 1"], *, parts: int, room: int, config: Config, interpret: bool
+) -> tuple[Int[Array, "K M"], Int[Array, "K parts"]]:
+    """The pages that earlier requests leave open for a token of `own_chunk`, and how many they are."""
     kv_heads = stamps.shape[0]
     return pl.pallas_call(
         partial(_carried_kernel, config=config),
-        grid=(kv_heads,),
+        grid=(kv_heads, parts),
         in_specs=[pl.no_block_spec] * 2,
         out_specs=[pl.no_block_spec] * 2,
-        out_shape=[jax.ShapeDtypeStruct((kv_heads, capacity), jnp.int32), jax.ShapeDtypeStruct((kv_heads, 1), jnp.int32)],
+        out_shape=[jax.ShapeDtypeStruct((kv_heads, n), jnp.int32) for n in (parts * room, parts)],
         compiler_params=plgpu.CompilerParams(num_warps=config.select_warps, num_stages=1),
         interpret=interpret,
         name="carried_pages",

@@ -21,10 +21,12 @@ def reference_routing(
     local_chunks,
     group_size,
     threshold,
-    capacity,
+    parts,
+    room,
     scale,
 ):
-    """codes are unpacked [K, S, H]; window_scores [K, G, W] exact scaled scores of the window tokens.
+    """codes are unpacked [K, S, H]; window_scores [K, G, W] exact scaled scores of the window tokens. room: pages of each remainder of the
+    page id by `parts` that can be visible.
 
     Returns stamps, a list of visible page ids for each kv head, refused [K], and the masses [K, G, P] (0 outside the routed middle).
     """
@@ -49,10 +51,13 @@ def reference_routing(
         wanted = [page for page in middle if (masses[k, :, page] >= threshold).any()]
         seen = [page for page in range(pages) if stamps[k, page] >= own_chunk - 1]
         fresh = [page for page in wanted if page not in seen]
-        room = max(capacity - len(seen), 0)
-        refused[k] = max(len(fresh) - room, 0)
+        taken = []
+        for part in range(parts):
+            left = room - sum(page % parts == part for page in seen)
+            taken += [page for page in fresh if page % parts == part][: max(left, 0)]
+        refused[k] = len(fresh) - len(taken)
         for page in wanted:
-            if page in seen or page in fresh[:room]:
+            if page in seen or page in taken:
                 stamps[k, page] = own_chunk
-        listed.append(sorted(seen + fresh[:room]))
+        listed.append(sorted(seen + taken))
     return stamps, listed, refused, masses

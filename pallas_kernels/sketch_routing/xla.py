@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -44,28 +45,44 @@ def select(
     *,
     pages_per_chunk: int,
     threshold: float,
-    capacity: int,
-) -> tuple[Int[Array, "K P"], Int[Array, "K M"], Int[Array, "K 1"], Int[Array, "K M"], Int[Array, "K 1"], Int[Array, "K 2"], Array]:
-    """Threshold, stamps, page lists, unopened mass; see kernel.select."""
+    parts: int,
+    room: int,
+) -> tuple[Array, ...]:
+    """Threshold, stamps, page lists, figures; see kernel.select."""
     own, after = middle[2], middle[3]
     windows = jax.nn.logsumexp(window[:, :, 0], axis=1, b=window[:, :, 1])
     total = jnp.logaddexp(jax.nn.logsumexp(scores, axis=-1), windows)
     wanted = (scores >= (total + math.log(threshold))[..., None]).any(1) & (scores > -jnp.inf).any(1)
     seen = (stamps >= own - 1) & (jnp.arange(stamps.shape[1]) < middle[1] * pages_per_chunk)
     fresh = wanted & ~seen
-    room = jnp.maximum(capacity - seen.sum(1, keepdims=True), 0)
-    taken = fresh & (jnp.cumsum(fresh, axis=1) <= room)
+    by_part = partial(_by_part, parts=parts)
+    left = jnp.maximum(room - by_part(seen).sum(2, keepdims=True), 0)
+    granted = by_part(fresh) & (jnp.cumsum(by_part(fresh), axis=2) <= left)
+    taken = granted.swapaxes(1, 2).reshape(granted.shape[0], -1)[:, : stamps.shape[1]]
     visible = seen | taken
     stamps = jnp.where(wanted & visible, own, stamps)
-    refused = jnp.maximum(fresh.sum(1) - room[:, 0], 0)
-    counts = jnp.stack([jnp.minimum(visible.sum(1), capacity), refused], axis=1).astype(jnp.int32)
-    unopened = jnp.where(visible[:, None], 0, jnp.exp(scores - total[..., None])).sum(-1)
-    return stamps, *page_list(taken, capacity), *page_list(visible & (stamps >= after - 1), capacity), counts, unopened
+    refused = by_part(fresh & ~taken).sum(2)
+    counts = jnp.stack([jnp.minimum(by_part(visible).sum(2), room), refused], axis=2).astype(jnp.int32)
+    shares = jnp.where(visible[:, None], 0, jnp.exp(scores - total[..., None]))
+    unopened = jax.vmap(by_part, 1, 3)(shares).sum(2)
+    carried = visible & (stamps >= after - 1)
+    return stamps, *page_list(taken, parts, room), *page_list(carried, parts, room), counts, unopened
 
 
-def page_list(chosen: Bool[Array, "K P"], capacity: int) -> tuple[Int[Array, "K M"], Int[Array, "K 1"]]:
-    """The chosen pages, ascending, and how many they are."""
-    page = jnp.arange(chosen.shape[1])
-    rank = jnp.where(chosen, jnp.cumsum(chosen, axis=1) - 1, capacity)
-    ids = jax.vmap(lambda r: jnp.zeros((capacity,), jnp.int32).at[r].set(page, mode="drop"))(rank)
-    return ids, jnp.minimum(chosen.sum(1, keepdims=True), capacity).astype(jnp.int32)
+def _by_part(x: Array, parts: int) -> Array:
+    """[K, P] -> [K, parts, P / parts]: page p is number p // parts of part p % parts; missing ones zero."""
+    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % parts)))
+    return x.reshape(x.shape[0], -1, parts).swapaxes(1, 2)
+
+
+def page_list(chosen: Bool[Array, "K P"], parts: int, room: int) -> tuple[Int[Array, "K M"], Int[Array, "K parts"]]:
+    """The chosen pages of each part, ascending, and how many they are."""
+    chosen = _by_part(chosen, parts)
+    page = jnp.arange(chosen.shape[2]) * parts + jnp.arange(parts)[:, None]
+    rank = jnp.where(chosen, jnp.cumsum(chosen, axis=2) - 1, room)
+
+    def one(rank: Array, page: Array) -> Array:
+        return jnp.zeros((room,), jnp.int32).at[rank].set(page, mode="drop")
+
+    ids = jax.vmap(jax.vmap(one), (0, None))(rank, page)
+    return ids.reshape(len(ids), -1), jnp.minimum(chosen.sum(2), room).astype(jnp.int32)

@@ -1,0 +1,67 @@
+"""The byte table decides the tier, and holds at a million tokens."""
+
+from unittest.mock import Mock
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from hga_jax.attention import HGAAttention
+from hga_jax.backend import DenseAttention
+from hga_jax.config import HGAConfig, ModelConfig
+from hga_jax.decoding import cannot_decode
+from hga_jax.plan import GIB, place_history
+
+MODEL = ModelConfig(
+    model_type="qwen3", vocab_size=512, hidden_size=256, layers=2, heads=32, kv_heads=4, head_dim=128, mlp_size=256, native_context=2**20
+)
+TOKENS = 2**20
+
+
+def gpu(gib):
+    device = Mock(spec=jax.Device, platform="gpu", device_kind="made-up GPU")
+    device.memory_stats = lambda: {"bytes_limit": int(gib * GIB)}
+    return device
+
+
+def placed(kv_store, gib, backend=None, tokens=TOKENS):
+    return place_history(MODEL, backend or HGAAttention(HGAConfig()), tokens, jnp.bfloat16, kv_store, gpu(gib))
+
+
+def test_a_million_tokens_are_counted_exactly():
+    backend, plan = placed("host", 8)
+    page_bytes = 4 * TOKENS * 2 * 128 * 2  # kv heads, tokens, K and V, head dim, bfloat16: of one layer
+    assert plan.history == plan.host == 2 * page_bytes
+    assert plan.working == page_bytes
+    assert plan.summaries == pytest.approx(2 * 4 * TOKENS * (32 + 2 + 128 * 2 / 64 + 4 / 16), rel=1e-6)  # codes, scale, mean, stamp
+    assert plan.windows == 2 * 4 * 11 * 64 * 2 * 128 * 2
+    assert plan.total == plan.weights + plan.summaries + plan.windows + plan.working + plan.activations
+    assert backend.tier == plan.tier == "host"
+
+
+def test_auto_takes_the_device_while_the_plan_fits():
+    assert placed("auto", 80)[0].tier == "device"
+    backend, plan = placed("auto", 4)
+    assert (backend.tier, plan.fits) == ("host", True)
+    assert placed("auto", 80, HGAAttention(HGAConfig(), tier="host"))[0].tier == "host"
+    assert placed("device", 4)[1].fits is False
+
+
+def test_dense_attention_stays_on_the_device():
+    assert placed("auto", 1, DenseAttention())[1].tier == "device"
+    with pytest.raises(ValueError, match="--kv-store host needs attention hga"):
+        placed("host", 80, DenseAttention())
+
+
+def test_the_table_says_where_the_history_is_and_what_a_knob_frees():
+    assert "tier: host" in placed("host", 8)[1].table()
+    with pytest.raises(ValueError, match=r"--kv-store host would free 4\.00 GiB"):
+        placed("device", 3)[1].check()
+
+
+def test_what_the_kernels_cannot_index_is_said_beforehand():
+    assert cannot_decode(HGAConfig(), 32, 4, TOKENS, 128) is None
+    assert cannot_decode(HGAConfig(), 32, 4, 2 * TOKENS - 64, 128) is None
+    assert "pass 2^31 elements" in cannot_decode(HGAConfig(), 32, 4, 2 * TOKENS, 128)
+    assert "powers of two" in cannot_decode(HGAConfig(chunk_size=48, group_size=16), 32, 4, TOKENS, 128)
+    assert "page masks hold 31" in cannot_decode(HGAConfig(policy="paper"), 32, 1, TOKENS, 128)
