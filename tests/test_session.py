@@ -57,6 +57,7 @@ def test_reopened_session_goes_on_as_if_never_closed(model, tmp_path, tokens):
 def test_real_model_goes_on_with_the_same_logits(tmp_path, monkeypatch):
     """SmolLM2, closed and opened again with 62, 64 and 66 tokens held: bit for bit the states of a session that stayed open."""
     monkeypatch.setattr(recording, "CPU_SEGMENT", 64)  # what is computed for a few tokens
+    jax.config.update("jax_disable_most_optimizations", True)  # a few steps only; conftest.py sets it for every test
     model = load_model()
 
     def talk(folder: Path, reopen: bool) -> tuple:
@@ -188,7 +189,7 @@ def damage(path: Path, kind: str, generator: np.random.Generator) -> None:
 
 
 def test_every_damage_is_recomputed_or_named(model, tmp_path):
-    """100 flipped bits, four at a time, truncated and missing files: the next turn's tokens are right every time, or the file is named.
+    """100 flipped bits, five at a time, truncated and missing files: the next turn's tokens are right every time, or the file is named.
 
     What is stored after the damage is computed again, and said so; damage to the manifest itself is refused; damage to what the turn does
     not need is not noticed.
@@ -203,9 +204,9 @@ def test_every_damage_is_recomputed_or_named(model, tmp_path):
     files = sorted([*files, tmp_path / "original" / "a" / "manifest.json"])
     generator = np.random.default_rng(0)
     copy, outcomes = tmp_path / "copy", []
-    for kind in ["flipped"] * 25 + ["truncated"] * 4 + ["missing"] * 4:
+    for kind in ["flipped"] * 20 + ["truncated"] * 2 + ["missing"] * 2:
         shutil.copytree(tmp_path / "original", copy)
-        broken = [copy / files[i].relative_to(tmp_path / "original") for i in generator.choice(len(files), 4, replace=False)]
+        broken = [copy / files[i].relative_to(tmp_path / "original") for i in generator.choice(len(files), 5, replace=False)]
         for path in broken:
             damage(path, kind, generator)
         outcomes.append(reopened(model, copy / "a", broken, expected))
