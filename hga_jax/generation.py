@@ -154,8 +154,9 @@ class Generation:
         total = len(self.ids)
         report = None if on_prefill is None else lambda done: on_prefill(self.held + done, total)
         stats = Stats.zero()
-        for end in self._prefill_ends():
-            settings = {"segment": self.segment} if self.recorder is None else self._recording()
+        stretches = [(total, None)] if self.recorder is None else self.recorder.stretches(self.held, total)
+        for end, segment in stretches:
+            settings = {"segment": self.segment} if self.recorder is None else self._recording(segment)
             for block in programs.prefill_blocks(
                 self.model.params, self.ids[self.held : end], states, self.backend, first=self.held, on_layer=report, **settings
             ):
@@ -166,19 +167,14 @@ class Generation:
         token = int(programs.first_token(logits, self.sampling, self.key, jnp.int32(total - 1)))
         return token, states, stats
 
-    def _prefill_ends(self) -> list[int]:
-        """Where prefill pauses: when it is recorded, once at the end of a stored block, so that later segments end with blocks."""
-        total, recorder = len(self.ids), self.recorder
-        if recorder is None or self.held % recorder.segment == 0:
-            return [total]
-        return sorted({min(self.held + recorder.room(self.held), total), total})
-
-    def _recording(self) -> dict[str, Any]:
+    def _recording(self, segment: int | None) -> dict[str, Any]:
         """Settings of prefill that hand every layer's state to the recorder."""
-        recorder, segment = self.recorder, self.recorder.segment
+        recorder = self.recorder
 
         def on_state(layer: int, first: int, count: int, state: Any, noted: Any) -> None:
-            positions = [min(first + done, first + count) for done in range(segment, count + segment, segment)]
+            rows = programs.padded_size(count, segment or programs.SEGMENT, programs.SUPER_BLOCK)
+            step = segment or programs.segment_of(rows)
+            positions = [min(first + done, first + count) for done in range(step, count + step, step)]
             recorder.prefilled(self.ids[: first + count], layer, first, state, positions, noted)
 
         home = None if self.disk is None else self.disk.home
