@@ -21,11 +21,12 @@ TOKENS = 2**20
 def gpu(gib):
     device = Mock(spec=jax.Device, platform="gpu", device_kind="made-up GPU")
     device.memory_stats = lambda: {"bytes_limit": int(gib * GIB)}
+    device.client.platform_version = "made up"
     return device
 
 
 def placed(kv_store, gib, backend=None, tokens=TOKENS):
-    return place_history(MODEL, backend or HGAAttention(HGAConfig()), tokens, jnp.bfloat16, kv_store, gpu(gib))
+    return place_history(MODEL, backend or HGAAttention(HGAConfig()), tokens, jnp.bfloat16, kv_store, device=gpu(gib))
 
 
 def test_a_million_tokens_are_counted_exactly():
