@@ -193,7 +193,7 @@ def main(argv: list[str]) -> None:
     shape = SHAPES[options.shape][1:]
     config = HGAConfig(screening=options.screening, request_stride=options.request_stride)
     ceiling = ceiling_tflops(8192 if jax.default_backend() == "gpu" else 512)
-    print(environment(), f"matmul ceiling {ceiling:.0f} TFLOP/s", flush=True)
+    print(environment(), f"matmul ceiling {ceiling:.3g} TFLOP/s", flush=True)
     report: dict[str, Any] = {"environment": environment(), "shape": options.shape, "argv": argv, "matmul_tflops": ceiling, "results": []}
     for tokens in sorted(options.lengths):
         result = measure(tokens, shape, config, options.pages, options.repeats, options.xla_up_to)
@@ -209,7 +209,7 @@ def main(argv: list[str]) -> None:
 
 
 def print_result(result: dict[str, Any]) -> None:
-    dense = f", dense {result['dense_ms']:8.2f} ms ({result['dense_tflops']:.0f} TFLOP/s)" if "dense_ms" in result else ""
+    dense = f", dense {result['dense_ms']:8.2f} ms ({result['dense_tflops']:.3g} TFLOP/s)" if "dense_ms" in result else ""
     print(
         f"{result['length']:7d} tokens: HGA {result['hga_ms']:8.2f} ms{dense}, {result.get('speedup', 0):.1f}x; "
         f"fetched {result['fetched_tokens']:.0f} tokens a block ({result['tokens_listed']:.0f} routed), "
