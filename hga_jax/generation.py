@@ -64,7 +64,8 @@ class Generation:
     """One run of generate: the states, the clock and the counters.
 
     start: layer states that hold the first tokens of `ids` already, and how many they hold. recorder: stores the history as it grows.
-    disk: where the history lies, when it is neither on the device nor in host memory. After `run`, `states` hold the K/V of the first
+    disk: where the history lies, when it is neither on the device nor in host memory. segment: tokens that
+    prefill takes through a layer at a time (None: as suits the machine). After `run`, `states` hold the K/V of the first
     `held` tokens of ids + the result's tokens.
     """
 
@@ -80,9 +81,10 @@ class Generation:
         start: tuple[tuple[Any, ...], int] | None = None,
         recorder: Recorder | None = None,
         disk: DiskTier | None = None,
+        segment: int | None = None,
     ):
         self.states, self.held = (None, 0) if start is None else start
-        self.recorder, self.disk = recorder, disk
+        self.recorder, self.disk, self.segment = recorder, disk, segment
         self.model, self.backend, self.ids, self.ctx, self.sampling = model, backend, ids, ctx, sampling
         self.key = jax.random.key(seed)
         self.stop_ids = sorted({*model.config.eos_token_ids, *(model.tokenizer.eos_ids if model.tokenizer else ())})
@@ -152,8 +154,9 @@ class Generation:
         total = len(self.ids)
         report = None if on_prefill is None else lambda done: on_prefill(self.held + done, total)
         stats = Stats.zero()
-        for end in self._prefill_ends():
-            settings = {} if self.recorder is None else self._recording()
+        stretches = [(total, None)] if self.recorder is None else self.recorder.stretches(self.held, total)
+        for end, segment in stretches:
+            settings = {"segment": self.segment} if self.recorder is None else self._recording(segment)
             for block in programs.prefill_blocks(
                 self.model.params, self.ids[self.held : end], states, self.backend, first=self.held, on_layer=report, **settings
             ):
@@ -164,19 +167,14 @@ class Generation:
         token = int(programs.first_token(logits, self.sampling, self.key, jnp.int32(total - 1)))
         return token, states, stats
 
-    def _prefill_ends(self) -> list[int]:
-        """Where prefill pauses: when it is recorded, once at the end of a stored block, so that later segments end with blocks."""
-        total, recorder = len(self.ids), self.recorder
-        if recorder is None or self.held % recorder.segment == 0:
-            return [total]
-        return sorted({min(self.held + recorder.room(self.held), total), total})
-
-    def _recording(self) -> dict[str, Any]:
+    def _recording(self, segment: int | None) -> dict[str, Any]:
         """Settings of prefill that hand every layer's state to the recorder."""
-        recorder, segment = self.recorder, self.recorder.segment
+        recorder = self.recorder
 
         def on_state(layer: int, first: int, count: int, state: Any, noted: Any) -> None:
-            positions = [min(first + done, first + count) for done in range(segment, count + segment, segment)]
+            rows = programs.padded_size(count, segment or programs.SEGMENT, programs.SUPER_BLOCK)
+            step = segment or programs.segment_of(rows)
+            positions = [min(first + done, first + count) for done in range(step, count + step, step)]
             recorder.prefilled(self.ids[: first + count], layer, first, state, positions, noted)
 
         home = None if self.disk is None else self.disk.home

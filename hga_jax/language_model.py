@@ -159,20 +159,28 @@ class LanguageModel:
                 ids, Path(kv_store), scaling_note, {"ctx": ctx, "attention": attention, "hga": hga, "host_memory": host_memory},
                 {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed, "stop": stop,
                  "on_text": on_text, "on_prefill": on_prefill},
+                on_notice,
             )  # fmt: skip
         backend, plan = place_history(self.config, backend, ctx, self.dtype, kv_store)
         plan.check()
-        return Generation(self, backend, ids, ctx, sampling, seed, stop).run(max_new_tokens, plan.tier, scaling_note, on_text, on_prefill)
+        generation = Generation(self, backend, ids, ctx, sampling, seed, stop, segment=plan.segment)
+        return generation.run(max_new_tokens, plan.tier, scaling_note, on_text, on_prefill)
 
     def _generate_on_disk(
-        self, ids: np.ndarray, directory: Path, scaling_note: str, where: dict[str, Any], how: dict[str, Any]
+        self,
+        ids: np.ndarray,
+        directory: Path,
+        scaling_note: str,
+        where: dict[str, Any],
+        how: dict[str, Any],
+        on_notice: Callable[[str], None] | None,
     ) -> GenerateResult:
         """A run whose history lies below a directory and is removed when it ends: a session without a future."""
         from hga_jax.session.folder import delete, passing_name
 
         path = directory / passing_name()
         try:
-            with self.session(path, kv_store=str(directory), rope_scaling="as-is:" + scaling_note, **where) as session:
+            with self.session(path, kv_store=str(directory), rope_scaling="as-is:" + scaling_note, on_notice=on_notice, **where) as session:
                 return session.generate(ids, chat=False, **how)
         finally:
             if path.exists():

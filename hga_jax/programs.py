@@ -149,7 +149,7 @@ def prefill_blocks(
         part = np.asarray(tokens[begin : begin + super_block], np.int32)
         size = padded_size(len(part), segment or SEGMENT, super_block)
         x = _embed(decoder, jnp.asarray(np.pad(part, (0, size - len(part)))))
-        stats, done = Stats.zero(), []
+        states, stats, done = *_committed_like(x, (states, Stats.zero())), []
         for index, (layer, state) in enumerate(zip(decoder.layers, states, strict=True)):
             position, count = jnp.int32(first + begin), jnp.int32(len(part))
             keeper = backend if home is None else home(index)
@@ -168,6 +168,13 @@ def prefill_blocks(
                 on_layer(begin + len(part) * (index + 1) / len(states))
         states = tuple(done)
         yield SuperBlock(x, len(part), states, stats)
+
+
+def _committed_like(x: Array, tree: Any) -> Any:
+    """The arrays of `tree` tied to x's device if x is: JAX compiles a program anew for arguments that are tied to a device and were not."""
+    if not x.committed or len(x.sharding.device_set) > 1:
+        return tree
+    return jax.tree.map(lambda leaf: leaf if leaf.committed else jax.device_put(leaf, x.sharding), tree)
 
 
 def decode_step(

@@ -14,7 +14,9 @@ def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1] not in names:
         print(f"usage: python -m hga_jax.bench {{{','.join(names)}}} [options]", file=sys.stderr)
         sys.exit(2)
-    if "--whole-model" in sys.argv[2:]:
+    if sys.argv[1] == "load" and "--session" in sys.argv[2:]:
+        importlib.import_module("hga_jax.bench.session").main(["resume", *(word for word in sys.argv[2:] if word != "--session")])
+    elif "--whole-model" in sys.argv[2:]:
         importlib.import_module("hga_jax.bench._whole_model").main(sys.argv[1], sys.argv[2:])
     else:
         importlib.import_module(f"hga_jax.bench.{sys.argv[1]}").main(sys.argv[2:])

@@ -13,12 +13,13 @@ import numpy as np
 from jaxtyping import Int
 
 from hga_jax.cache.disk import PAGES, REQUESTS, BlockStore, BlockWriter, Header, block_id
-from hga_jax.programs import SEGMENT
 from hga_jax.session.reuse import Stored, load_notes
 from hga_jax.session.state_format import StateFormat, pack, take_pages, take_summaries
+from pallas_kernels.dispatch import on_cuda
 
 WRITERS = 4  # threads that wait for copies from the device and for TensorStore, which has its own threads for the disk
-CPU_SEGMENT = 256  # tokens: no slower than larger ones, and a prompt that differs late in a document recomputes less
+CPU_SEGMENT = 256  # tokens: on a CPU no slower than larger segments
+SMALL_SEGMENT = 1024  # tokens: on a GPU some launches more, once or twice a prompt
 IN_FLIGHT = 256 * 2**20  # bytes of pages on their way to disk; more makes compute wait
 
 
@@ -109,10 +110,22 @@ class Recorder:
         """What prefill is to note of a layer's state after every segment."""
         return self.form.note
 
-    @property
-    def segment(self) -> int:
-        """Tokens that prefill computes at a time, after each of which there is a reuse point; block ends are among them."""
-        return min(CPU_SEGMENT if jax.default_backend() == "cpu" else SEGMENT, self.form.block_tokens)
+    def stretches(self, held: int, total: int) -> list[tuple[int, int | None]]:
+        """How prefill is to go from `held` to `total` tokens: (end, tokens computed at a time, None: as suits the machine), in order.
+
+        There is a reuse point after every segment. They should end where blocks do, and lie close together where a next prompt is likely
+        to differ: near the end, after the document. On a CPU small segments cost nothing, so all are small.
+        """
+        small = min(SMALL_SEGMENT if on_cuda() else CPU_SEGMENT, self.form.block_tokens)
+        ends: dict[int, int | None] = {}
+        if held % small:
+            held = min(held + self.room(held), total)
+            ends[held] = small
+        if on_cuda() and total - held > 4 * small:
+            held = (total - 1) // small * small - small
+            ends[held] = None
+        ends[total] = small
+        return sorted(ends.items())
 
     def room(self, position: int) -> int:
         """Tokens from `position` to the end of its block: where decode must stop so that the block can be stored."""
