@@ -21,7 +21,6 @@ TOKENS = 2**20
 def gpu(gib):
     device = Mock(spec=jax.Device, platform="gpu", device_kind="made-up GPU", client=Mock(platform_version="made up"))
     device.memory_stats = lambda: {"bytes_limit": int(gib * GIB)}
-    device.client.platform_version = "made up"
     return device
 
 
