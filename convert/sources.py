@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -32,6 +33,43 @@ class Found(NamedTuple):
     nbytes: int
 
 
+class Item(NamedTuple):
+    """A tensor to read: the key of our array, the part of it, and the array to fill (ours or, of a stack over experts, its row)."""
+
+    key: str
+    part: Part
+    out: np.ndarray
+
+
+class Piece(NamedTuple):
+    """Bytes of a file to read into `raw`, which is `out` itself or, where the dtype differs, what will be converted to it."""
+
+    file: Path
+    offset: int
+    raw: np.ndarray
+    out: np.ndarray
+
+    @property
+    def converts(self) -> bool:
+        return self.raw is not self.out
+
+
+def neighbours(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Runs that lie one after another in a file, to be read in one call: a layer of experts is hundreds of tensors. What a run converts
+    stays around PIECE bytes."""
+    run: list[Piece] = []
+    converting, end = 0, None
+    for piece in pieces:
+        if run and ((piece.file, piece.offset) != end or converting >= PIECE):
+            yield run
+            run, converting = [], 0
+        run.append(piece)
+        converting += piece.raw.nbytes if piece.converts else 0
+        end = (piece.file, piece.offset + piece.raw.nbytes)
+    if run:
+        yield run
+
+
 @runtime_checkable
 class Source(Protocol):
     """A checkpoint of another format."""
@@ -48,8 +86,8 @@ class Source(Protocol):
     def is_harmless(self, name: str) -> bool:
         """Whether a tensor that no array of ours needs is known and may be left out."""
 
-    def read(self, key: str, part: Part, out: np.ndarray) -> None:
-        """Fill `out`, our array or (of a stack over experts) its row, converting to its dtype. Safe to call from several threads."""
+    def read(self, batch: list[Item]) -> None:
+        """Fill each item's array, converting to its dtype; items in file order read fastest. Safe to call from several threads."""
 
     def prefetch(self, names: list[str]) -> None:
         """Tell the system that these tensors are wanted soon."""
@@ -79,18 +117,23 @@ class HuggingFaceSource:
     def is_harmless(self, name: str) -> bool:
         return bool(HARMLESS_HF.search(name)) or (name == "lm_head.weight" and self.config.tie_embeddings)
 
-    def read(self, key: str, part: Part, out: np.ndarray) -> None:
-        info = self._tensors[part.name]
-        flat = out.reshape(-1)
-        if info.dtype == out.dtype:
-            self._files.read(info.file, info.offset, flat.view(np.uint8))
-            return
-        step = PIECE // info.dtype.itemsize
-        piece = np.empty(min(step, flat.size), info.dtype)
-        for start in range(0, flat.size, step):
-            some = piece[: min(step, flat.size - start)]
-            self._files.read(info.file, info.offset + start * info.dtype.itemsize, some.view(np.uint8))
-            flat[start : start + some.size] = some
+    def read(self, batch: list[Item]) -> None:
+        for run in neighbours(self._pieces(batch)):
+            self._files.read(run[0].file, run[0].offset, *(piece.raw.view(np.uint8) for piece in run))
+            for piece in run:
+                if piece.converts:
+                    piece.out[:] = piece.raw
+
+    def _pieces(self, batch: list[Item]) -> Iterator[Piece]:
+        for item in batch:
+            info, flat = self._tensors[item.part.name], item.out.reshape(-1)
+            if info.dtype == flat.dtype:
+                yield Piece(info.file, info.offset, flat, flat)
+                continue
+            step = PIECE // info.dtype.itemsize
+            for start in range(0, flat.size, step):
+                some = flat[start : start + step]
+                yield Piece(info.file, info.offset + start * info.dtype.itemsize, np.empty(some.size, info.dtype), some)
 
     def prefetch(self, names: list[str]) -> None:
         self._files.prefetch([(found.file, found.offset, found.nbytes) for found in map(self.tensors.__getitem__, names)])
@@ -129,13 +172,14 @@ class GGUFSource:
     def is_harmless(self, name: str) -> bool:
         return bool(HARMLESS_GGUF.search(name))
 
-    def read(self, key: str, part: Part, out: np.ndarray) -> None:
-        row, _ = row_of(key)
-        order = None
-        if row.transform == "rotary" and self.config.model_type == "llama":
-            heads = self.config.heads if row.path.startswith("layers.{i}.attention.q") else self.config.kv_heads
-            order = rotary_order(out.shape[0], heads)
-        self._file.read(part.name, out, order)
+    def read(self, batch: list[Item]) -> None:
+        for key, part, out in batch:
+            row, _ = row_of(key)
+            order = None
+            if row.transform == "rotary" and self.config.model_type == "llama":
+                heads = self.config.heads if row.path.startswith("layers.{i}.attention.q") else self.config.kv_heads
+                order = rotary_order(out.shape[0], heads)
+            self._file.read(part.name, out, order)
 
     def prefetch(self, names: list[str]) -> None:
         self._files.prefetch([(found.file, found.offset, found.nbytes) for found in map(self.tensors.__getitem__, names)])

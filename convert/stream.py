@@ -18,11 +18,12 @@ import jax
 import numpy as np
 
 from convert.mapping import Part
-from convert.sources import Source
+from convert.sources import Item, Source
 
-HOST_BYTES = 3 << 29  # 1.5 GiB: two layers of Qwen3-30B-A3B-FP8, one read while the other is copied
+HOST_BYTES = 5 << 28  # 1.25 GiB: two layers of Qwen3-30B-A3B-FP8, one read while the other is copied
 READERS = min(8, os.cpu_count() or 1)
 BATCH = 8 << 20  # bytes read per task: small tensors travel together
+COPIES = 8  # to the device, under way at once
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,8 @@ class HostBuffers:
             self._forget(array)
 
     def to_device(self, host: np.ndarray, target: jax.sharding.Sharding) -> tuple[jax.Array, bool]:
-        """Copy one of these arrays and wait; also whether it is free again (a CPU device may have kept the buffer itself)."""
-        array = jax.block_until_ready(jax.device_put(host, target))
+        """Start to copy one of these arrays; also whether it is free again afterwards (a CPU device may keep the buffer itself)."""
+        array = jax.device_put(host, target)
         kept = any(device.platform == "cpu" for device in target.device_set) or target.memory_kind not in (None, "device")
         return array, not kept
 
@@ -117,7 +118,7 @@ class PinnedBuffers(HostBuffers):
         owner = self._owners[host.ctypes.data]
         if target == self._sharding:
             return owner, False
-        return jax.block_until_ready(jax.device_put(owner, target)), True
+        return jax.device_put(owner, target), True
 
     def _new(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         owner = jax.block_until_ready(jax.device_put(np.zeros(shape, dtype), self._sharding))
@@ -140,13 +141,21 @@ def stream_arrays(
 ) -> Iterator[tuple[str, jax.Array | np.ndarray]]:
     """Yield every array of `units` in order, as (key, put(key, filled host array)).
 
-    put returns what it made and whether the host array is free again. progress hears (bytes read so far, bytes in all).
-    buffers: where host arrays come from; their limit bounds how far reading runs ahead.
+    put returns what it made and whether the host array is free again once that is complete. progress hears (bytes read so far, bytes in
+    all). buffers: where host arrays come from; their limit bounds how far reading runs ahead.
     """
     total = sum(source.tensors[part.name].nbytes for unit in units for plan in unit for part in plan.parts)
     read = 0
     buffers = buffers or HostBuffers(HOST_BYTES)
     waiting: deque[tuple[ArrayPlan, np.ndarray, list[Future]]] = deque()
+    copying: deque[tuple[jax.Array | np.ndarray, np.ndarray, bool]] = deque()
+
+    def release(most: int) -> None:
+        """Wait until at most `most` copies are under way, oldest first: waiting for every small one costs more than copying it."""
+        while len(copying) > most:
+            made, host, free = copying.popleft()
+            jax.block_until_ready(made)
+            buffers.done(host, free)
 
     def finish() -> tuple[str, jax.Array | np.ndarray]:
         nonlocal read
@@ -154,7 +163,8 @@ def stream_arrays(
         for task in tasks:
             task.result()
         made, free = put(plan.key, host)
-        buffers.done(host, free)
+        copying.append((made, host, free))
+        release(COPIES)
         read += sum(source.tensors[part.name].nbytes for part in plan.parts)
         if progress is not None:
             progress(read, total)
@@ -164,8 +174,11 @@ def stream_arrays(
     try:
         _prefetch(source, units, 0)
         for index, unit in enumerate(units):
-            while waiting and buffers.busy_bytes + sum(plan.nbytes for plan in unit) > buffers.limit:
-                yield finish()
+            while (waiting or copying) and buffers.busy_bytes + sum(plan.nbytes for plan in unit) > buffers.limit:
+                if copying:
+                    release(0)
+                else:
+                    yield finish()
             _prefetch(source, units, index + 1)
             filled = {plan.key: buffers.take(plan.target.shape, plan.target.dtype) for plan in unit}
             tasks = _submit(pool, source, unit, filled)
@@ -173,6 +186,7 @@ def stream_arrays(
             filled = {}
         while waiting:
             yield finish()
+        release(0)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -187,19 +201,14 @@ def _submit(pool: ThreadPoolExecutor, source: Source, unit: list[ArrayPlan], fil
     jobs = [(source.tensors[part.name], plan.key, part) for plan in unit for part in plan.parts]
     jobs.sort(key=lambda job: (job[0].file, job[0].offset))
     tasks: dict[str, list[Future]] = {plan.key: [] for plan in unit}
-    batch: list[tuple[str, Part, np.ndarray]] = []
+    batch: list[Item] = []
     size = 0
     for at, (found, key, part) in enumerate(jobs):
-        batch.append((key, part, filled[key] if part.expert is None else filled[key][part.expert]))
+        batch.append(Item(key, part, filled[key] if part.expert is None else filled[key][part.expert]))
         size += found.nbytes
         if size >= BATCH or at == len(jobs) - 1:
-            future = pool.submit(_read_batch, source, batch)
-            for name in {item[0] for item in batch}:
+            future = pool.submit(source.read, batch)
+            for name in {item.key for item in batch}:
                 tasks[name].append(future)
             batch, size = [], 0
     return tasks
-
-
-def _read_batch(source: Source, batch: list[tuple[str, Part, np.ndarray]]) -> None:
-    for key, part, out in batch:
-        source.read(key, part, out)

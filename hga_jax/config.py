@@ -58,7 +58,7 @@ class HGAConfig:
     page_capacity: int = 1024
     screening: Literal["auto", "on", "off"] = "auto"
     screen_stride: int = 4
-    request_stride: int = 2
+    request_stride: int = 1
     screen_spread: float = 1.0
     screen_margin: float = 1 / 16
     screen_threshold: float = 1.0

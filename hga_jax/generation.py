@@ -65,7 +65,8 @@ class Generation:
     """One run of generate: the states, the clock and the counters.
 
     start: layer states that hold the first tokens of `ids` already, and how many they hold. recorder: stores the history as it grows.
-    disk: where the history lies, when it is neither on the device nor in host memory. After `run`, `states` hold the K/V of the first
+    disk: where the history lies, when it is neither on the device nor in host memory. segment: tokens that
+    prefill takes through a layer at a time (None: as suits the machine). After `run`, `states` hold the K/V of the first
     `held` tokens of ids + the result's tokens.
     """
 
@@ -81,9 +82,10 @@ class Generation:
         start: tuple[tuple[Any, ...], int] | None = None,
         recorder: Recorder | None = None,
         disk: DiskTier | None = None,
+        segment: int | None = None,
     ):
         self.states, self.held = (None, 0) if start is None else start
-        self.recorder, self.disk = recorder, disk
+        self.recorder, self.disk, self.segment = recorder, disk, segment
         self.model, self.backend, self.ids, self.ctx, self.sampling = model, backend, ids, ctx, sampling
         self.key = jax.random.key(seed)
         self.stop_ids = sorted({*model.config.eos_token_ids, *(model.tokenizer.eos_ids if model.tokenizer else ())})
@@ -155,7 +157,7 @@ class Generation:
         stats = Stats.zero()
         stretches = [(total, None)] if self.recorder is None else self.recorder.stretches(self.held, total)
         for end, segment in stretches:
-            settings = {} if self.recorder is None else self._recording(segment)
+            settings = {"segment": self.segment} if self.recorder is None else self._recording(segment)
             for block in programs.prefill_blocks(
                 self.model.params, self.ids[self.held : end], states, self.backend, first=self.held, on_layer=report, **settings
             ):

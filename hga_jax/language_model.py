@@ -163,7 +163,8 @@ class LanguageModel:
             )  # fmt: skip
         backend, plan = place_history(self.config, backend, ctx, self.dtype, kv_store)
         plan.check()
-        return Generation(self, backend, ids, ctx, sampling, seed, stop).run(max_new_tokens, plan.tier, scaling_note, on_text, on_prefill)
+        generation = Generation(self, backend, ids, ctx, sampling, seed, stop, segment=plan.segment)
+        return generation.run(max_new_tokens, plan.tier, scaling_note, on_text, on_prefill)
 
     def _generate_on_disk(
         self,

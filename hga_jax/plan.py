@@ -19,6 +19,8 @@ from hga_jax.placement import on_host
 from hga_jax.programs import SEGMENT, SUPER_BLOCK, padded_size, segment_of
 
 GIB = 2**30
+BANK_SHARE = 1 / 8  # of the history's pages: several times what is open at a time at 64K, so that hardly one is fetched twice
+UNPLANNED = 0.1  # of the device's memory, left to what the table does not count: the compiler's temporaries, fragments
 MAIN_MEMORY = "available main memory"
 
 
@@ -28,7 +30,7 @@ class Plan:
 
     host_weights: bytes of weights that lie in pinned host memory, outside the total.
     host: bytes of `history` that lie in host memory instead, and host_limit what there is of it; working: the device buffer that one
-    layer's history passes through in prefill. Both 0 with the device tier.
+    layer's history passes through in prefill. Both 0 with the device tier. segment: tokens that prefill takes through a layer at a time.
     """
 
     ctx: int
@@ -45,6 +47,7 @@ class Plan:
     working: int = 0
     host: int = 0
     host_limit: int | None = None
+    segment: int = 0
 
     @property
     def total(self) -> int:
@@ -60,7 +63,7 @@ class Plan:
             "windows": "within the history in this tier" if not self.windows else "sinks, local window and open chunk",
             "bank": "none" if not self.bank else "routed pages kept on the device",
             "working": "none in this tier" if not self.working else "one layer's history during prefill",
-            "activations": "one super-block of the prompt, one segment's projections and MLP, logits",
+            "activations": f"one super-block of the prompt; projections and MLP of {self.segment:,} tokens at a time; logits",
         }
         lines = [f"{'':14}{'GiB':>9}"]
         lines += [f"{name:14}{getattr(self, name) / GIB:9.3f}  {note}".rstrip() for name, note in notes.items()]
@@ -115,23 +118,38 @@ def make_plan(config: ModelConfig, backend: AttentionBackend, ctx: int, dtype: A
         sizes[purpose(path)] += config.layers * _bytes(leaf)
     tier = tier_of(backend)
     working = sizes["history"] // config.layers if tier == "host" else 0
-    activations = activation_bytes(config, ctx, jnp.dtype(dtype).itemsize)
     memory, limit = _memory(device)
-    apart = tier == "host" and device.platform != "cpu"
-    return Plan(
-        ctx, weights, host_weights, **sizes, activations=activations, tier=tier, memory=memory, limit=limit, working=working,
+    apart = tier == "host" and has_own_memory(device)
+    plan = Plan(
+        ctx, weights, host_weights, **sizes, activations=0, tier=tier, memory=memory, limit=limit, working=working,
         host=sizes["history"] if apart else 0, host_limit=_main_memory()[1] if apart else None,
     )  # fmt: skip
+    for segment in segments(padded_size(ctx, SEGMENT, SUPER_BLOCK)):
+        plan = replace(plan, segment=segment, activations=activation_bytes(config, ctx, jnp.dtype(dtype).itemsize, segment))
+        if plan.fits:
+            break
+    return plan
 
 
-def activation_bytes(config: ModelConfig, ctx: int, width: int) -> int:
-    """Bytes of prefill's temporaries, `width` bytes a value: the super-block's activations and the larger of a segment's two halves.
+def has_own_memory(device: jax.Device) -> bool:
+    """Whether the device's memory is another than the host's."""
+    return device.platform != "cpu"
+
+
+def segments(size: int) -> list[int]:
+    """Lengths of prefill's segments to try, the fastest first; shorter ones hold less at a time."""
+    longest = segment_of(size)
+    return [longest >> halved for halved in range(3) if longest >> halved >= SEGMENT] or [longest]
+
+
+def activation_bytes(config: ModelConfig, ctx: int, width: int, tokens: int) -> int:
+    """Bytes of prefill's temporaries with segments of `tokens` tokens, `width` bytes a value: the super-block's activations and the larger
+    of a segment's two halves.
 
     Attention: input, normalised input, float32 products of q, k, v, the same turned, outputs. Expert MLP: a row of F and one of D for each
     token and chosen expert (see pallas_kernels.moe_prefill), input, normalised input, output. Beside them what routing reads of one layer.
     """
-    size = padded_size(ctx, SEGMENT, SUPER_BLOCK)
-    tokens, hidden = segment_of(size), config.hidden_size
+    size, hidden = padded_size(ctx, SEGMENT, SUPER_BLOCK), config.hidden_size
     heads = (config.heads + 2 * config.kv_heads) * config.head_dim
     attention = tokens * (2 * hidden * width + heads * (4 + 2 * width) + config.heads * config.head_dim * width)
     mlp = tokens * (3 * hidden * width + 3 * config.mlp_size * width)
@@ -168,7 +186,22 @@ def place_history(
     if tier == "disk":
         return replace(backend, tier="device", bank_pages=0), _plan_on_disk(config, backend, ctx, dtype, host_memory, device)
     backend = replace(backend, tier=tier)
+    plan = make_plan(config, backend, ctx, dtype, device)
+    bank = _bank_pages(config, backend, plan, dtype)
+    if not bank:
+        return backend, plan
+    backend = replace(backend, bank_pages=bank)
     return backend, make_plan(config, backend, ctx, dtype, device)
+
+
+def _bank_pages(config: ModelConfig, backend: HGAAttention, plan: Plan, dtype: Any) -> int:
+    """Pages of a kv head that fit on the device beside everything else, at most a share of the history; 0 where a bank is of no use."""
+    if plan.tier != "host" or not plan.host or plan.limit is None or backend.config.policy != "sketch":
+        return 0
+    group = backend.config.group_size
+    page_bytes = config.layers * config.kv_heads * 2 * group * config.head_dim * jnp.dtype(dtype).itemsize
+    spare = plan.limit * (1 - UNPLANNED) - plan.total
+    return max(min(int(spare // page_bytes), int(plan.ctx // group * BANK_SHARE)), 0)
 
 
 def _plan_on_disk(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,10 +12,11 @@ from checkpoints import assert_same_weights
 
 from convert import load_decoder
 from convert.synthetic import make_config, write_synthetic
-from hga_jax import placement
+from hga_jax import placement, plan, programs
+from hga_jax.attention import HGAAttention
 from hga_jax.backend import DenseAttention
 from hga_jax.bench.load import measure
-from hga_jax.config import ModelConfig
+from hga_jax.config import HGAConfig, ModelConfig
 from hga_jax.language_model import LanguageModel
 from hga_jax.plan import make_plan
 
@@ -38,6 +41,37 @@ def test_the_plan_puts_an_untied_embedding_on_the_host(like, hosted, monkeypatch
     assert ("pinned host" in there.table()) == hosted
     if hosted:
         assert there.weights / 2**30 == pytest.approx(28.45, abs=0.01)
+
+
+@pytest.fixture
+def thirty_billion(monkeypatch):
+    """Plans of Qwen3-30B-A3B-FP8 for a GPU with the memory of the one measured: an H100 held to 39 % of its own, 30.88 GiB."""
+    monkeypatch.setattr(placement, "is_cuda", lambda device: True)
+    monkeypatch.setattr(programs, "on_cuda", lambda: True)
+    monkeypatch.setattr(plan, "_memory", lambda device: ("GPU memory", 33_158_070_272))
+    monkeypatch.setattr(plan, "has_own_memory", lambda device: True)
+    config = ModelConfig.from_hf(make_config("qwen3-30b-a3b-fp8"))
+    return lambda ctx: make_plan(config, HGAAttention(HGAConfig(), config.rope, tier="host"), ctx, jnp.bfloat16)
+
+
+def test_the_plan_is_what_the_allocator_said(thirty_billion):
+    """Measured: the allocator's peak was 30,552,215,552 bytes after loading and 32,449,070,848 after a prefill of 65,536 tokens with the
+    history in host memory (ctx 65,792, JAX 0.11.2)."""
+    plan = thirty_billion(65_792)
+    assert plan.weights == 30_552_215_552
+    assert plan.segment == 16_384
+    assert plan.total == pytest.approx(32_449_070_848, rel=0.02)
+    assert plan.fits
+
+
+def test_segments_shorten_before_a_plan_is_refused(thirty_billion):
+    long, longer = thirty_billion(131_072 + 512), thirty_billion(262_144)
+    assert long.fits
+    assert long.segment < 16_384
+    assert long.activations < thirty_billion(65_792).activations
+    assert not longer.fits  # 1.8 GiB of summaries beside 28.5 of weights
+    with pytest.raises(ValueError, match=r"--ctx \d+ would fit"):
+        replace(longer, host_limit=None).check()
 
 
 def test_an_embedding_on_the_host_gives_the_same_logits(checkpoint):

@@ -19,13 +19,13 @@ TOKENS = 2**20
 
 
 def gpu(gib):
-    device = Mock(spec=jax.Device, platform="gpu", device_kind="made-up GPU")
+    device = Mock(spec=jax.Device, platform="gpu", device_kind="made-up GPU", client=Mock(platform_version="made up"))
     device.memory_stats = lambda: {"bytes_limit": int(gib * GIB)}
     return device
 
 
 def placed(kv_store, gib, backend=None, tokens=TOKENS):
-    return place_history(MODEL, backend or HGAAttention(HGAConfig()), tokens, jnp.bfloat16, kv_store, gpu(gib))
+    return place_history(MODEL, backend or HGAAttention(HGAConfig()), tokens, jnp.bfloat16, kv_store, device=gpu(gib))
 
 
 def test_a_million_tokens_are_counted_exactly():
@@ -34,15 +34,19 @@ def test_a_million_tokens_are_counted_exactly():
     assert plan.history == plan.host == 2 * page_bytes
     assert plan.working == page_bytes
     assert plan.summaries == pytest.approx(2 * 4 * TOKENS * (32 + 2 + 128 * 2 / 64 + 4 / 16), rel=1e-6)  # codes, scale, mean, stamp
+    assert plan.bank == pytest.approx(2 * 4 * TOKENS / 16 / 8 * (2 * 16 * 128 * 2 + 4) + 2 * 4 * TOKENS / 16 * 4)  # an eighth, and tables
     assert plan.windows == 2 * 4 * 11 * 64 * 2 * 128 * 2
-    assert plan.total == plan.weights + plan.summaries + plan.windows + plan.working + plan.activations
+    assert plan.total == plan.weights + plan.summaries + plan.windows + plan.bank + plan.working + plan.activations
     assert backend.tier == plan.tier == "host"
 
 
 def test_auto_takes_the_device_while_the_plan_fits():
     assert placed("auto", 80)[0].tier == "device"
-    backend, plan = placed("auto", 4)
+    roomy = placed("host", 8)[1]
+    tight = (roomy.total - roomy.bank / 2) / 0.9 / GIB  # less a tenth that stays unplanned, half a bank is left
+    backend, plan = placed("auto", tight)
     assert (backend.tier, plan.fits) == ("host", True)
+    assert 0.4 < plan.bank / roomy.bank < 0.6
     assert placed("auto", 80, HGAAttention(HGAConfig(), tier="host"))[0].tier == "host"
     assert placed("device", 4)[1].fits is False
 

@@ -58,18 +58,14 @@ def check(run, query, rotation, means, codes, scales, stamps, window, window_sco
     rotated = (query.astype(np.float64) @ rotation).astype(np.float32)
     how = settings(run, **(config or {}))
     plain = {"implementation": how["implementation"], "interpret": how.get("interpret", False)}
-    out = sketch_routing(
-        query_columns(jnp.asarray(query), jnp.asarray(rotation), **plain),
-        means,
-        codes,
-        scales,
-        stamps + 0,
-        window,
-        jnp.int32(own),
-        jnp.int32(own + closes),
-        **rules,
-        **how,
-    )
+
+    @jax.jit
+    def route(query, rotation, stamps, *arrays):
+        before = carried_pages(stamps, jnp.int32(own), capacity=rules["capacity"], **how)
+        columns = query_columns(query, rotation, **plain)
+        return before, sketch_routing(columns, *arrays[:3], stamps, arrays[3], jnp.int32(own), jnp.int32(own + closes), **rules, **how)
+
+    before, out = route(query, rotation, stamps, means, codes, scales, window)
     parts, room = list_shape(data_stamps.shape[1], rules["capacity"])
     exact = {name: value for name, value in rules.items() if name != "capacity"} | {"parts": parts, "room": room}
     stamps, listed, refused, masses = reference_routing(
@@ -77,7 +73,6 @@ def check(run, query, rotation, means, codes, scales, stamps, window, window_sco
     )
     # The reference is float64: a mass this close to the threshold may fall on either side, so the cases avoid it.
     assert not (np.abs(masses / rules["threshold"] - 1) < 1e-4).any(), "pick another seed"
-    before = carried_pages(jnp.asarray(data_stamps), jnp.int32(own), capacity=rules["capacity"], **how)
     for k in range(len(listed)):
         old, fresh, carried = (pages_of(x, k) for x in (before, out.fresh, out.carried))
         assert old == [page for page in range(data_stamps.shape[1]) if data_stamps[k, page] >= own - 1]

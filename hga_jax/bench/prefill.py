@@ -26,8 +26,8 @@ from hga_jax.policies import policy_for
 
 PARTS = {  # of kernel names, in order of preference, and the part of the work they belong to
     "probe_mass": "window mass and screening",
-    "probe_requests": "screening",
-    "listed_requests": "refinement",
+    "probe_requests": "full scan for requests",
+    "refine_candidates": "refinement",
     "listed_mass": "statistics",
     "prefill_page_lists": "lists",
     "routed_prefill_attention": "attention",
@@ -38,7 +38,7 @@ PARTS = {  # of kernel names, in order of preference, and the part of the work t
 def made_up(
     tokens: int, heads: int, kv_heads: int, head_dim: int, opened: int
 ) -> tuple[Float[Array, "T N H"], Float[Array, "T K H"], Float[Array, "T K H"]]:
-    """Queries, keys and values, bfloat16. Scores: about 12 for the first token, 9.5 for a planted page, 0 +- 1.6 for the rest."""
+    """Queries, keys and values, bfloat16. Scores: about 12 for the first token, 9.5 for a planted page, 0 +- 1.3 for the rest."""
     seeds = jax.random.split(jax.random.key(0), 6)
     ratio, pages, blocks = heads // kv_heads, tokens // GROUP, tokens // CHUNK
     direction = jax.random.normal(seeds[0], (kv_heads, pages, head_dim))
@@ -53,7 +53,7 @@ def made_up(
     wanted = jax.vmap(lambda direction, page: direction[page])(direction, planted[:, :, slot])  # [K, B, Q, G, H]
     # A score is a dot product over sqrt(H): what 128 dimensions need at these sizes, fewer need a little more of.
     lean = (128 / head_dim) ** 0.5
-    query = jax.random.normal(seeds[4], wanted.shape) + lean * (1.2 * wanted + 0.36 * first[:, None, None, None])
+    query = 0.5 * jax.random.normal(seeds[4], wanted.shape) + lean * (1.2 * wanted + 0.36 * first[:, None, None, None])
     query = query.transpose(1, 2, 0, 3, 4).reshape(tokens, heads, head_dim)
     values = jax.random.normal(seeds[5], (tokens, kv_heads, head_dim))
     return query.astype(jnp.bfloat16), keys.swapaxes(0, 1).astype(jnp.bfloat16), values.astype(jnp.bfloat16)

@@ -6,10 +6,8 @@ A decode step is `window_attention` (its stats also feed routing), `page_attenti
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -29,9 +27,7 @@ class Partial(NamedTuple):
     stats: Float[Array, "K splits 2 G"]
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Bank:
+class Bank(NamedTuple):
     """Pages kept on the device, each kv head's slots its own.
 
     pages: K/V by slot; page_slot: slot of a page or -1; slot_page: page of a slot or -1.

@@ -91,7 +91,6 @@ def _query_kernel(
 def _pages_kernel(
     span_ref,  # i32[2] device: position of query row 0, live rows
     words_ref,  # i32[K, B, R, slots] device
-    used_ref,  # i32[K, B, R] device
     query_ref,  # [T, N, H] device
     pages_ref,  # [K, P, 2, g, H] device
     lse_ref,  # f32[T, N] device
@@ -111,15 +110,17 @@ def _pages_kernel(
     kv_heads, held_pages, _, group_size, _ = pages_ref.shape
     first_position, count = span_ref[0], span_ref[1]
     start = (first_position // chunk_size + block) * chunk_size
-    own_tiles, step_pages, slots = pl.cdiv(chunk_size, config.keys), config.keys // group_size, words_ref.shape[3]
+    own_tiles, step_pages = pl.cdiv(chunk_size, config.keys), config.keys // group_size
     is_own = tile < own_tiles  # the first tiles are the own chunk's, the others the list's
-    steps = jnp.where(is_own, 1, (used_ref[k, block, list_index] + step_pages - 1) // step_pages + own_tiles - tile)
+    first_slot = jnp.maximum(tile - own_tiles, 0) * step_pages
+    words = [words_ref[k, block, list_index, first_slot + j] for j in range(step_pages)]
+    wanted = is_own
+    for word in words:
+        wanted |= word != NOBODY
 
-    @pl.when((steps > 0) & (start < first_position + count) & (start + chunk_size > first_position))
+    @pl.when(wanted & (start < first_position + count) & (start + chunk_size > first_position))
     def _():
         key = span(0, config.keys)
-        first_slot = jnp.maximum(tile - own_tiles, 0) * step_pages
-        words = [words_ref[k, block, list_index, jnp.minimum(first_slot + j, slots - 1)] for j in range(step_pages)]
         page, since = pages_and_since(words, key // group_size)
         own = tile * config.keys + key
         page = jnp.where(is_own, (start + own) // group_size, page)
@@ -182,31 +183,32 @@ def gradients(
         chunk_size=chunk_size, sink_chunks=sink_chunks, local_chunks=local_chunks,
     )  # fmt: skip
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1) - d_lse
-    operands = (jnp.stack([first_position, count]).astype(jnp.int32), words, used, query, pages, lse, delta, d_out.astype(query.dtype))
+    bounds = jnp.stack([first_position, count]).astype(jnp.int32)
+    tensors = (query, pages, lse, delta, d_out.astype(query.dtype))
     settings = {"chunk_size": chunk_size, "scale": scale, "config": config, "interpret": interpret}
     compiler = plt.CompilerParams(num_warps=config.warps, num_stages=config.stages)
     d_query = pl.pallas_call(
         partial(_query_kernel, **settings),
         grid=(pl.cdiv(ratio * chunk_size, config.rows), blocks, kv_heads),
-        in_specs=[pl.no_block_spec] * len(operands),
+        in_specs=[pl.no_block_spec] * (3 + len(tensors)),
         out_specs=pl.no_block_spec,
         out_shape=jax.ShapeDtypeStruct(query.shape, query.dtype),
         compiler_params=compiler,
         interpret=interpret,
         name="routed_prefill_query_gradient",
-    )(*operands)
+    )(bounds, words, used, *tensors)
     # Rows padded to what a program holds, and a page for what belongs nowhere: the interpreter knows no masked atomics.
     total = jnp.zeros((kv_heads, held + 1, 2, group_size, pl.next_power_of_2(head_dim)), jnp.float32)
     check_offsets(page_gradients=total)
     d_pages = pl.pallas_call(
         partial(_pages_kernel, **settings),
         grid=(pl.cdiv(chunk_size, config.keys) + words.shape[3] * group_size // config.keys, blocks, kv_heads * lists),
-        in_specs=[pl.no_block_spec] * (len(operands) + 1),
+        in_specs=[pl.no_block_spec] * (3 + len(tensors)),
         out_specs=pl.no_block_spec,
         out_shape=jax.ShapeDtypeStruct(total.shape, total.dtype),
-        input_output_aliases={len(operands): 0},
+        input_output_aliases={2 + len(tensors): 0},
         compiler_params=compiler,
         interpret=interpret,
         name="routed_prefill_page_gradient",
-    )(*operands, total)
+    )(bounds, words, *tensors, total)
     return d_query, d_pages[:, :held, ..., :head_dim].astype(pages.dtype)

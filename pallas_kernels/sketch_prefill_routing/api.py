@@ -108,8 +108,9 @@ def _lists(first, stamps, bounds, steps: _Steps, *, capacity: int, rule: Rule) -
     ids, since, counts = steps.page_lists(first, stamps, bounds, capacity=capacity, rule=rule)
 
     def apart() -> tuple[Array, Array, Array, Array]:
-        own = bounds[0] // rule.chunk_size + jnp.arange(first.shape[1])
-        asked = xla.first_asked(first, bounds, rule) < rule.chunk_size
+        block = jnp.arange(first.shape[1])
+        own = bounds[0] // rule.chunk_size + block
+        asked = xla.first_asked(first, block, bounds, rule) < rule.chunk_size
         return ids, since, counts, jnp.maximum(stamps, jnp.where(asked, own[:, None], -2).max(1))
 
     def in_order() -> tuple[Array, Array, Array, Array]:

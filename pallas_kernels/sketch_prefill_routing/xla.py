@@ -153,7 +153,7 @@ def _list(carried: Bool[Array, "K P"], first: Int[Array, "K P"], capacity: int, 
 def page_lists(first: Int[Array, "K B tiles P"], stamps: Int[Array, "K P"], bounds, *, capacity: int, rule: Rule):
     """See lists.page_lists."""
     none = rule.chunk_size
-    asked = first_asked(first, bounds, rule)
+    asked = first_asked(first, jnp.arange(first.shape[1]), bounds, rule)
 
     def one(block: Int[Array, ""]) -> tuple[Array, Array, Array]:
         before = (block > 0) & (asked[:, jnp.maximum(block - 1, 0)] < none)
@@ -168,9 +168,8 @@ def _block_live(bounds: Int[Array, " 2"], block: Int[Array, "*n"], rule: Rule) -
     return ((bounds[0] // rule.chunk_size + block) * rule.chunk_size < bounds[0] + bounds[1]) & (bounds[1] > 0)
 
 
-def first_asked(first: Int[Array, "K B tiles P"], bounds: Int[Array, " 2"], rule: Rule) -> Int[Array, "K B P"]:
+def first_asked(first: Int[Array, "K B tiles P"], block: Int[Array, " B"], bounds: Int[Array, " 2"], rule: Rule) -> Int[Array, "K B P"]:
     """The first row of each block that asks for each page, int32; chunk_size outside the routed middle, where kernels write nothing."""
-    block = jnp.arange(first.shape[1])
     there = middle(bounds, block, first.shape[3], rule) & _block_live(bounds, block, rule)[:, None]
     return jnp.where(there, first.astype(jnp.int32).min(2), rule.chunk_size)
 
@@ -183,8 +182,7 @@ def lists_in_order(first: Int[Array, "K B tiles P"], stamps: Int[Array, "K P"], 
     def one(block: Int[Array, ""], carry: tuple) -> tuple:
         *out, stamps = carry
         own = bounds[0] // rule.chunk_size + block
-        asked = first_asked(lax.dynamic_slice_in_dim(first, block, 1, axis=1), bounds + jnp.array([block * none, -block * none]), rule)
-        asked = jnp.where(_block_live(bounds, block, rule), asked[:, 0], none)
+        asked = first_asked(lax.dynamic_slice_in_dim(first, block, 1, axis=1), block[None], bounds, rule)[:, 0]
         *made, taken = _list((stamps >= own - 1) & _block_live(bounds, block, rule), asked, capacity, none)
         out = [old.at[:, block].set(new) for old, new in zip(out, made, strict=True)]
         return *out, jnp.where((asked < none) & taken, own, stamps)
