@@ -194,6 +194,9 @@ def report(result: Any) -> str:
         return f"{prefill:.1%} in prefill" + (f", {decode:.1%} in decode" if decode is not None else "")
 
     rate = f"{result.decode_tokens_per_second:.1f} tokens/s" if result.decode_tokens_per_second else "too short to time"
+    from_disk = ""
+    if result.disk_read_bytes_per_token is not None:
+        from_disk = f", {result.disk_read_bytes_per_token / mib:,.2f} MiB read from disk a token, {result.bank_hit_rate:.0%} of pages found"
     stored = f"; {result.disk_history_bytes / mib:,.1f} MiB on disk" if result.disk_history_bytes else ""
     reused = f" ({result.reused_tokens:,} reused)" if result.reused_tokens else ""
     rows = [
@@ -203,7 +206,7 @@ def report(result: Any) -> str:
         ("fetched", share(result.fetched_fraction, result.decode_fetched_fraction) + " of the history, per query block and kv head"),
         *_selection_rows(result),
         ("prefill", f"{result.prefill_seconds:.1f} s, {result.prefill_tokens_per_second:,.0f} tokens/s"),
-        ("decode", rate),
+        ("decode", rate + from_disk),
         ("history", f"{result.history_bytes / mib:,.1f} MiB, tier {result.history_tier}{stored}"),
         ("memory", f"peak {result.device_peak_bytes / mib:,.0f} MiB on the device, {result.host_history_bytes / mib:,.0f} MiB on the host"),
     ]

@@ -55,6 +55,7 @@ class GenerateResult:
     disk_history_bytes: int
     rope_scaling: str
     reused_tokens: int = 0
+    disk_read_bytes_per_token: float | None = None
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -41,6 +41,8 @@ def test_same_tokens_as_in_memory(model, in_memory, tmp_path, share):
     assert result.reused_tokens == 250 + 20 + 12 + 12 + 30 - 1
     assert result.history_tier == "disk"
     assert 0 <= result.bank_hit_rate <= 1
+    assert (result.disk_read_bytes_per_token > 0) == (result.bank_hit_rate < 1)
+    assert 2**20 > result.history_bytes > 0
 
 
 def test_run_without_a_session_leaves_nothing_behind(model, in_memory, tmp_path):

@@ -139,6 +139,7 @@ class Session:
             raise ValueError(f"the conversation has {len(ids)} tokens and {ctx=} leaves no room for an answer: raise --ctx")
         self._check_context(min(wanted, ctx))
         start = self._start(ids, ctx)
+        read_before = 0 if self._disk is None else self._disk.cache.counters.bytes_read
         self._states = None  # consumed: if the turn fails, the next one reads the disk
         run = Generation(self.model, self._placed, ids, self._capacity, sampling, seed, stop, start, self._recorder, self._disk)
         tier = tier_of(self._placed) if self._disk is None else "disk"
@@ -152,7 +153,16 @@ class Session:
         if messages is not None:
             messages = [*messages, {"role": "assistant", "content": result.text}]
         self._commit(held[: run.held], held[run.held :], messages)
-        return replace(result, disk_history_bytes=0 if self._trouble else self._recorder.bytes_stored)
+        result = replace(result, disk_history_bytes=0 if self._trouble else self._recorder.bytes_stored)
+        return result if self._disk is None else self._with_disk_figures(result, read_before)
+
+    def _with_disk_figures(self, result: GenerateResult, read_before: int) -> GenerateResult:
+        """The report of a turn whose history is on disk: all of it there, page cache and open block in host memory."""
+        disk, form = self._disk, self.form
+        history = form.layers * form.kv_heads * form.pages(len(self.tokens)) * form.page_bytes
+        read = (disk.cache.counters.bytes_read - read_before) / (result.new_tokens - 1) if result.new_tokens > 1 else None
+        held = disk.cache.data.nbytes + disk.tail.nbytes
+        return replace(result, history_bytes=history, host_history_bytes=held, disk_read_bytes_per_token=read)
 
     def close(self) -> None:
         """Release the session, and blocks that no session needs any more."""
