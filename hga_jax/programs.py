@@ -257,11 +257,8 @@ def _decode_tokens(
         out, last, made, _, states, stats = carry
         carry = (out, last, made, jnp.bool(False), states, stats)
         out, last, made, full, states, stats = lax.while_loop(lambda carry: more(carry) & ~carry[3], step, carry)
-
-        def settle(states: tuple[Any, ...]) -> tuple[Any, ...]:
-            return tuple(_settle(state, position + made, backend=backend) for state in states)
-
-        return out, last, made, full, lax.cond(full, settle, lambda states: states, states), stats
+        # Also at the end of a dispatch inside a chunk, where it is not due: under a branch XLA would copy the host's pages, and cannot.
+        return out, last, made, full, tuple(_settle(state, position + made, backend=backend) for state in states), stats
 
     states = tuple(backend.start_decoding(state, position) for state in states)
     start = (jnp.zeros(room, jnp.int32), token, jnp.int32(0), jnp.bool(False), states, Stats.zero())

@@ -97,7 +97,7 @@ def test_same_pages_as_reference(run, heads, head_dim):
         run,
         *data,
         own=12,
-        config={"block_chunks": 2, "select_pages": 16 if heads % 2 else 64, "turned": heads > 4},
+        config={"block_chunks": 2, "select_pages": 16 if heads % 2 else 64},
         closes=heads % 2,
         **rules,
     )

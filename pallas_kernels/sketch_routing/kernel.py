@@ -103,19 +103,14 @@ def _scan_kernel(
     first, end = middle_ref[0], middle_ref[1]
     begin, blocks = first // block_chunks, (end + block_chunks - 1) // block_chunks
 
-    # One product over the whole head: the four codes of a byte side by side, so the query's rows come in that order.
-    place = jnp.arange(4 * bytes_padded)
-    part, real_row = place % 4 // 2 + 2 * (place % 2), place // 4 < code_bytes
-    row = part * code_bytes + place // 4
-    if config.turned:
-        rotated = plgpu.load(rotated_ref.at[k, row[None, :], column[:, None]], mask=real_row[None, :], other=0)
-        direct = plgpu.load(direct_ref.at[k, dim[None, :], column[:, None]], mask=real_dim[None, :], other=0)
-    else:
-        rotated = plgpu.load(rotated_ref.at[k, row[:, None], column[None, :]], mask=real_row[:, None], other=0)
-        direct = plgpu.load(direct_ref.at[k, dim[:, None], column[None, :]], mask=real_dim[:, None], other=0)
+    def join(product, rows):
+        return product.reshape(rows, 2, padded).sum(1)
 
-    def beside(x, y):
-        return jnp.concatenate([x[..., None], y[..., None]], axis=-1)
+    rotated = [
+        plgpu.load(rotated_ref.at[k, (quarter * code_bytes + byte)[:, None], column[None, :]], mask=real_byte[:, None], other=0)
+        for quarter in range(4)
+    ]
+    direct = plgpu.load(direct_ref.at[k, dim[:, None], column[None, :]], mask=real_dim[:, None], other=0)
 
     def one(i, carry):
         peak, total = carry
@@ -125,39 +120,31 @@ def _scan_kernel(
         codes = plgpu.load(
             codes_ref.at[k, token[:, None], byte[None, :]], mask=held[:, None] & real_byte[None, :], other=0, eviction_policy="evict_first"
         )
-        token_scale = plgpu.load(scales_ref.at[k, token], mask=held, other=0)
-        mean_row = jnp.arange(mean_rows)
-        chunk = block * block_chunks + mean_row
-        real = ((mean_row < block_chunks) & (chunk < chunks))[:, None] & real_dim[None, :]
+        token_scale = plgpu.load(scales_ref.at[k, token], mask=held, other=0).astype(jnp.float32)
+        row = jnp.arange(mean_rows)
+        chunk = block * block_chunks + row
+        real = ((row < block_chunks) & (chunk < chunks))[:, None] & real_dim[None, :]
         mean = plgpu.load(means_ref.at[k, chunk[:, None], dim[None, :]], mask=real, other=0)
-
-        first_pair, second_pair = (beside(unpack(codes, q), unpack(codes, q + 1)) for q in (0, 2))
-        levels = beside(first_pair, second_pair).reshape(tokens, 4 * bytes_padded)
+        residual = jnp.zeros((tokens, columns), jnp.float32)
+        for quarter in range(4):
+            residual += plgpu.dot(unpack(codes, quarter), rotated[quarter])
+        residual = join(residual, tokens) * (token_scale * LEVEL_UNIT)[:, None]
+        best = residual.reshape(groups, group_size, padded).max(1)  # the chunk's mean is common to its tokens: it can wait
         high = mean.astype(jnp.bfloat16)
-        parts = [high] if mean.dtype == jnp.bfloat16 else [high, (mean.astype(jnp.float32) - high.astype(jnp.float32)).astype(jnp.bfloat16)]
-        if config.turned:
-            residual = plgpu.dot(rotated, levels, trans_b=True).reshape(2, padded, tokens).sum(0)
-            residual = residual * (token_scale.astype(jnp.float32) * LEVEL_UNIT)[None, :]
-            best = residual.reshape(padded, groups, group_size).max(2)
-            base = sum(plgpu.dot(direct, part, trans_b=True) for part in parts).reshape(2, padded, mean_rows).sum(0)
-            base = base.reshape(padded, mean_rows // block_chunks, block_chunks).sum(1)
-            score = (best.reshape(padded, block_chunks, pages) + base[:, :, None]).reshape(padded, groups) * scale
-            group_of, head_of, axis = jnp.arange(groups)[None, :], head[:, None], 1
-        else:
-            residual = plgpu.dot(levels, rotated).reshape(tokens, 2, padded).sum(1)
-            residual = residual * (token_scale.astype(jnp.float32) * LEVEL_UNIT)[:, None]
-            best = residual.reshape(groups, group_size, padded).max(1)  # the chunk's mean is common to its tokens: it can wait
-            base = sum(plgpu.dot(part, direct) for part in parts).reshape(mean_rows, 2, padded).sum(1)
-            base = base.reshape(mean_rows // block_chunks, block_chunks, padded).sum(0)
-            score = (best.reshape(block_chunks, pages, padded) + base[:, None, :]).reshape(groups, padded) * scale
-            group_of, head_of, axis = jnp.arange(groups)[:, None], head[None, :], 0
-        chunk_of = block * block_chunks + group_of // pages
-        score = jnp.where((chunk_of >= first) & (chunk_of < end) & (head_of < heads), score, -jnp.inf)
-        page = block * groups + group_of
-        plgpu.store(scores_ref.at[k, page + 0 * head_of, head_of + 0 * page], score, mask=(page < chunks * pages) & (head_of < padded))
-        new_peak = jnp.maximum(peak, score.max(axis))
+        base = plgpu.dot(high, direct)
+        if mean.dtype != jnp.bfloat16:
+            base += plgpu.dot((mean.astype(jnp.float32) - high.astype(jnp.float32)).astype(jnp.bfloat16), direct)
+        base = join(base, mean_rows).reshape(mean_rows // block_chunks, block_chunks, padded).sum(0)
+        score = (best.reshape(block_chunks, pages, padded) + base[:, None, :]).reshape(groups, padded) * scale
+        group = jnp.arange(groups)
+        chunk = block * block_chunks + group // pages
+        live = ((chunk >= first) & (chunk < end))[:, None] & (head < heads)[None, :]
+        score = jnp.where(live, score, -jnp.inf)
+        page = (block * groups + group)[:, None]
+        plgpu.store(scores_ref.at[k, page, head[None, :]], score, mask=(page < chunks * pages) & (head < padded)[None, :])
+        new_peak = jnp.maximum(peak, score.max(0))
         safe = jnp.where(new_peak > -jnp.inf, new_peak, 0)
-        total = total * jnp.exp(peak - safe) + jnp.exp(score - (safe[:, None] if axis else safe[None, :])).sum(axis)
+        total = total * jnp.exp(peak - safe) + jnp.exp(score - safe[None, :]).sum(0)
         return new_peak, total
 
     nothing = jnp.full((padded,), -jnp.inf, jnp.float32), jnp.zeros((padded,), jnp.float32)
