@@ -354,8 +354,7 @@ def summarise_new(state: LayerState, start: Int[Array, ""], most: int, config: H
 
     if step == 1:
         return replace(state, summaries=one(jnp.int32(0), state.summaries))
-    summaries = varying_like(state.summaries, state.history.pages)
-    return replace(state, summaries=lax.fori_loop(0, -(-(end - first) // step), one, summaries))
+    return replace(state, summaries=lax.fori_loop(0, -(-(end - first) // step), one, state.summaries))
 
 
 def new_state(history: Any, dtype: Any, config: HGAConfig, policy: Policy) -> LayerState:
@@ -363,4 +362,4 @@ def new_state(history: Any, dtype: Any, config: HGAConfig, policy: Policy) -> La
     summaries = empty(policy.summarise, history.kv_heads, history.capacity, history.head_dim, dtype)
     pages = history.capacity // config.group_size
     marks = None if policy.remembers else empty_marks(history.kv_heads, pages)
-    return LayerState(history, summaries, policy.new_stamps(history.kv_heads, pages), marks)
+    return LayerState(history, *varying_like((summaries, policy.new_stamps(history.kv_heads, pages), marks), history.pages))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from hga_jax.attention import HGAAttention
 from hga_jax.backend import AttentionBackend
 from hga_jax.cache.tiers import choose_tier
-from hga_jax.config import ModelConfig
+from hga_jax.config import HGAConfig, ModelConfig
 from hga_jax.model import Decoder, weight_leaves
 from hga_jax.placement import on_host
 from hga_jax.programs import SEGMENT, SUPER_BLOCK, padded_size, segment_of
@@ -147,7 +147,8 @@ def activation_bytes(config: ModelConfig, ctx: int, width: int, tokens: int) -> 
     of a segment's two halves.
 
     Attention: input, normalised input, float32 products of q, k, v, the same turned, outputs. Expert MLP: a row of F and one of D for each
-    token and chosen expert (see pallas_kernels.moe_prefill), input, normalised input, output. Beside them what routing reads of one layer.
+    token and chosen expert (see pallas_kernels.moe_prefill), input, normalised input, output. Beside them what routing makes for a layer:
+    the history's keys as their sketches remember them, page means, page lists, and a byte a block and page in up to six tables.
     """
     size, hidden = padded_size(ctx, SEGMENT, SUPER_BLOCK), config.hidden_size
     heads = (config.heads + 2 * config.kv_heads) * config.head_dim
@@ -155,7 +156,10 @@ def activation_bytes(config: ModelConfig, ctx: int, width: int, tokens: int) -> 
     mlp = tokens * (3 * hidden * width + 3 * config.mlp_size * width)
     if config.experts:
         mlp = tokens * (3 * hidden * width + config.experts_per_token * (config.expert_size + hidden) * 2)
-    routing = 2 * size * config.kv_heads * config.head_dim * width
+    hga = HGAConfig()
+    blocks, pages = tokens // hga.chunk_size + 1, ctx // hga.group_size
+    routing = config.kv_heads * (ctx + pages) * config.head_dim * width
+    routing += config.kv_heads * blocks * (3 * hga.page_capacity * 8 + 6 * pages)
     return size * hidden * width + max(attention, mlp) + routing + 2 * config.vocab_size * 4
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from reference_cases import PAPER, ROPE, SKETCH, tensors
 
-from hga_jax.attention import hga_attention
+from hga_jax.attention import hga_attention, opened_pages
 from hga_jax.blocks import attend_and_keep, new_state, summarise_new
 from hga_jax.cache import DeviceHistory
 from hga_jax.config import HGAConfig
@@ -38,18 +38,15 @@ def masked_attention(q, k, v, visible):
     return (weights[..., None] * v.swapaxes(0, 1)).sum(2) / weights.sum(-1, keepdims=True)
 
 
-def visible_tokens(q, k, v, config, start):
-    """What the float64 oracle says every query and head sees, bool [T, N, S], and its number of visible keys."""
-    more = {"rotation": built_in_rotation(q.shape[-1])} if config.policy == "sketch" else {}
-    expected = reference_attention(q, k, v, config=config, rope=ROPE, query_start=start, **more)
-    token = np.arange(len(k))
-    position = start + np.arange(len(q))[:, None]
+def visible_tokens(opened, config, start, tokens):
+    """bool [T, N, S] from the pages opened beside the windows, bool [T, N, P]."""
+    token, position = np.arange(tokens), start + np.arange(len(opened))[:, None]
     own = position // config.chunk_size * config.chunk_size
     windows = (token < config.sink_chunks * config.chunk_size) | (token >= own - config.local_chunks * config.chunk_size)
-    opened = np.zeros((*q.shape[:2], len(k)), bool)
-    pages = expected.opened.repeat(config.group_size, axis=-1)
-    opened[..., : pages.shape[-1]] = pages
-    return (opened | windows[:, None]) & (token <= position)[:, None], expected.visible_keys
+    pages = np.zeros((*opened.shape[:2], tokens), bool)
+    by_token = opened.repeat(config.group_size, axis=-1)[..., :tokens]
+    pages[..., : by_token.shape[-1]] = by_token
+    return (pages | windows[:, None]) & (token <= position)[:, None]
 
 
 @pytest.mark.parametrize(
@@ -63,15 +60,14 @@ def test_gradients_are_those_of_attention_over_the_tokens_seen(config, start):
     random = np.random.default_rng(1)
     d_out = random.standard_normal(q.shape)
     gradients, visible_keys = loss_gradients(q, k, v, d_out, config, query_start=start)
-    visible, expected_keys = visible_tokens(q, k, v, config, start)
-    np.testing.assert_array_equal(visible_keys, expected_keys)
-    np.testing.assert_array_equal(visible.sum(-1), expected_keys)
+    more = {"rotation": built_in_rotation(16)} if config.policy == "sketch" else {}
+    expected = reference_attention(q, k, v, config=config, rope=ROPE, query_start=start, **more)
+    np.testing.assert_array_equal(visible_keys, expected.visible_keys)
+    visible = visible_tokens(expected.opened, config, start, len(k))
+    np.testing.assert_array_equal(visible.sum(-1), expected.visible_keys)
     assert start == 99 or not np.all(visible.sum(-1) == start + 1 + np.arange(len(q))[:, None])  # something is left out
 
-    # Every element against autodiff of the masked formula.
-    _, pull = jax.vjp(lambda *x: masked_attention(*x, visible), *(jnp.asarray(x) for x in (q, k, v)))
-    for ours, theirs in zip(gradients, pull(jnp.asarray(d_out, jnp.float32)), strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.abs(theirs).max())
+    check_every_element(gradients, q, k, v, d_out, visible)
 
     # And along random directions against float64 central differences, step 1e-5: errors of about 1e-9.
     arrays = [x.astype(np.float64) for x in (q, k, v)]
@@ -83,6 +79,26 @@ def test_gradients_are_those_of_attention_over_the_tokens_seen(config, start):
             moved[which] = moved[which] + sign * 1e-5 * direction
             ends.append((masked_attention(*moved, visible) * d_out).sum())
         np.testing.assert_allclose((np.asarray(gradients[which], np.float64) * direction).sum(), (ends[0] - ends[1]) / 2e-5, rtol=1e-4)
+
+
+def check_every_element(gradients, q, k, v, d_out, visible):
+    """Against autodiff of the masked formula."""
+    _, pull = jax.vjp(lambda *x: masked_attention(*x, visible), *(jnp.asarray(x) for x in (q, k, v)))
+    for ours, theirs in zip(gradients, pull(jnp.asarray(d_out, jnp.float32)), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.abs(theirs).max())
+
+
+def test_gradients_when_all_blocks_are_listed_at_once():
+    """The form that GPUs run, whose screening chooses pages of its own: gradients of what it opened."""
+    q, k, v = tensors(100)
+    q, config = q[37:], replace(SKETCH, screening="on")
+    d_out = np.random.default_rng(1).standard_normal(q.shape)
+    gradients, visible_keys = loss_gradients(q, k, v, d_out, config, query_start=37)
+    opened = jax.jit(partial(opened_pages, config=config, query_start=37))(q[None], k[None], v[None])[0]
+    visible = visible_tokens(np.asarray(opened), config, 37, 100)
+    np.testing.assert_array_equal(visible.sum(-1), visible_keys)
+    assert 0 < np.mean(opened) < 0.5
+    check_every_element(gradients, q, k, v, d_out, visible)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import jax
 
+Kernel = dict[str, int | float]  # "launches" and "total_us"
+
 
 class KernelTrace:
     """Records between start() and stop(); `kernels` then maps each kernel's name to {"launches", "total_us"}.
@@ -18,7 +20,7 @@ class KernelTrace:
 
     def __init__(self):
         self._folder: tempfile.TemporaryDirectory | None = None
-        self.kernels: dict[str, dict[str, float]] = {}
+        self.kernels: dict[str, Kernel] = {}
 
     def start(self) -> None:
         if self._folder is None:

@@ -22,7 +22,7 @@ from jax import lax
 from convert import load_decoder, read_config
 from convert.load import with_weights
 from convert.synthetic import MODELS, make_config
-from hga_jax.bench._tracing import KernelTrace
+from hga_jax.bench._tracing import Kernel, KernelTrace
 from hga_jax.bench.decode import copy_ceilings, environment
 from hga_jax.bench.moe import ceilings
 from hga_jax.config import HGAConfig, ModelConfig, parse_threshold
@@ -125,7 +125,7 @@ def measure(model: LanguageModel, case: Case, *, trace: bool = True) -> dict[str
     return figures
 
 
-def largest(kernels: dict[str, dict[str, float]], most: int = 60) -> dict[str, dict[str, float]]:
+def largest(kernels: dict[str, Kernel], most: int = 60) -> dict[str, Kernel]:
     return dict(sorted(kernels.items(), key=lambda item: -item[1]["total_us"])[:most])
 
 
@@ -137,7 +137,7 @@ def measured_ceilings() -> dict[str, float]:
     return {"hbm_gb_s": rates["read_gb_s"], "bf16_tflop_s": rates["bf16_tflop_s"], "pcie_gb_s": copy_ceilings()["pcie_gb_s"]}
 
 
-def parts(kernels: dict[str, dict[str, float]], count: int) -> dict[str, dict[str, float]]:
+def parts(kernels: dict[str, Kernel], count: int) -> dict[str, dict[str, float]]:
     """Microseconds and launches of each part, divided by `count` (layers, or layers times tokens)."""
     found: dict[str, dict[str, float]] = {}
     for name, kernel in kernels.items():
@@ -152,14 +152,14 @@ def decode_bytes(config: ModelConfig, figures: dict[str, Any], context: int) -> 
     """What each part must read for one token in one layer: (from where, bytes). The head counts once a token: its share of a layer."""
     width, kv = config.hidden_size, config.kv_heads * config.head_dim
     weight = 1 if config.fp8_block else 2
-    projections = weight * width * 2 * (config.heads * config.head_dim + kv)
+    projections = 2.0 * weight * width * (config.heads * config.head_dim + kv)
     pages = figures["decode_fetched_fraction"] * context * kv * 2 * 2
     misses = pages * (1 - (figures["bank_hit_rate"] or 0))
     bus = "pcie_gb_s" if figures["history_tier"] == "host" else "hbm_gb_s"
     return {
-        "experts": ("hbm_gb_s", weight * 3 * config.experts_per_token * config.expert_size * width),
+        "experts": ("hbm_gb_s", 3.0 * weight * config.experts_per_token * config.expert_size * width),
         "projections": ("hbm_gb_s", projections),
-        "router": ("hbm_gb_s", 2 * config.experts * width),
+        "router": ("hbm_gb_s", 2.0 * config.experts * width),
         "head": ("hbm_gb_s", 2 * config.vocab_size * width / config.layers),
         "attention": (bus, misses),
         "routing": ("hbm_gb_s", config.kv_heads * context * (config.head_dim // 4 + 2 + config.head_dim * 2 / 64)),
@@ -219,7 +219,8 @@ def main(what: str, argv: list[str]) -> None:
             if not options.no_trace:
                 result["decode_bytes"] = decode_bytes(model.config, result, prompt)
                 result["prefill_flops"] = prefill_flops(model.config, prompt)
-                result["rtx_5090_estimate_tokens_per_second"] = estimate_5090(result, limits, model.config.layers)
+                if result["decode_parts"]:
+                    result["rtx_5090_estimate_tokens_per_second"] = estimate_5090(result, limits, model.config.layers)
             report["results"].append(result)
             print_result(what, result, limits)
             if options.json:  # after every case: a later one may not fit

@@ -182,6 +182,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384, 32768, 65536, 131072, 262144])
     parser.add_argument("--pages", type=int, default=40, help="pages planted in every block, which its successor sees too: 16 tokens each")
     parser.add_argument("--screening", choices=("auto", "on", "off"), default="auto")
+    parser.add_argument("--request-stride", type=int, default=HGAConfig().request_stride, help="every how manyth query requests pages")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--xla-up-to", type=int, default=0, help="longest length at which the plain XLA path is run too")
     parser.add_argument("--json", help="write the results here")
@@ -190,9 +191,9 @@ def main(argv: list[str]) -> None:
     if bad := [n for n in options.lengths if n % CHUNK or n < 2 * (SINKS + LOCAL) * CHUNK]:
         parser.error(f"--lengths {bad}: multiples of {CHUNK} from {2 * (SINKS + LOCAL) * CHUNK} on")
     shape = SHAPES[options.shape][1:]
-    config = HGAConfig(screening=options.screening)
+    config = HGAConfig(screening=options.screening, request_stride=options.request_stride)
     ceiling = ceiling_tflops(8192 if jax.default_backend() == "gpu" else 512)
-    print(environment(), f"matmul ceiling {ceiling:.0f} TFLOP/s", flush=True)
+    print(environment(), f"matmul ceiling {ceiling:.3g} TFLOP/s", flush=True)
     report: dict[str, Any] = {"environment": environment(), "shape": options.shape, "argv": argv, "matmul_tflops": ceiling, "results": []}
     for tokens in sorted(options.lengths):
         result = measure(tokens, shape, config, options.pages, options.repeats, options.xla_up_to)
@@ -208,7 +209,7 @@ def main(argv: list[str]) -> None:
 
 
 def print_result(result: dict[str, Any]) -> None:
-    dense = f", dense {result['dense_ms']:8.2f} ms ({result['dense_tflops']:.0f} TFLOP/s)" if "dense_ms" in result else ""
+    dense = f", dense {result['dense_ms']:8.2f} ms ({result['dense_tflops']:.3g} TFLOP/s)" if "dense_ms" in result else ""
     print(
         f"{result['length']:7d} tokens: HGA {result['hga_ms']:8.2f} ms{dense}, {result.get('speedup', 0):.1f}x; "
         f"fetched {result['fetched_tokens']:.0f} tokens a block ({result['tokens_listed']:.0f} routed), "

@@ -187,5 +187,6 @@ def lists_in_order(first: Int[Array, "K B tiles P"], stamps: Int[Array, "K P"], 
         out = [old.at[:, block].set(new) for old, new in zip(out, made, strict=True)]
         return *out, jnp.where((asked < none) & taken, own, stamps)
 
-    lists = jnp.zeros((kv_heads, blocks, capacity), jnp.int32)
-    return lax.fori_loop(0, blocks, one, (lists, lists, jnp.zeros((kv_heads, blocks, 2), jnp.int32), stamps))
+    # Like the stamps, so that inside shard_map the loop's carry has the type it ends with.
+    lists, counts = (jnp.zeros_like(stamps, shape=(kv_heads, blocks, n)) for n in (capacity, 2))
+    return lax.fori_loop(0, blocks, one, (lists, lists, counts, stamps))
