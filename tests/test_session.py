@@ -55,20 +55,19 @@ def test_reopened_session_goes_on_as_if_never_closed(model, tmp_path, tokens):
 
 @pytest.mark.model
 def test_real_model_goes_on_with_the_same_logits(tmp_path, monkeypatch):
-    """SmolLM2, closed and opened again with 62, 64 and 66 tokens held: bit for bit the states of a session that stayed open."""
+    """SmolLM2, closed and opened again with 63 and 65 tokens held: bit for bit the states of a session that stayed open."""
     monkeypatch.setattr(recording, "CPU_SEGMENT", 64)  # what is computed for a few tokens
-    jax.config.update("jax_disable_most_optimizations", True)  # a few steps only; conftest.py sets it for every test
     model = load_model()
 
     def talk(folder: Path, reopen: bool) -> tuple:
         with ExitStack() as stack:
             session = stack.enter_context(model.session(folder, ctx=256))
-            for seed, tokens in ((1, 62), (2, 1), (3, 1), (4, 10)):
+            for seed, tokens in ((1, 63), (2, 1), (3, 10)):
                 if reopen and seed > 1:
                     session.close()
                     session = stack.enter_context(model.session(folder, ctx=256))
                 result = session.generate(prompt(seed, tokens), max_new_tokens=1)
-                assert result.reused_tokens == (0 if seed == 1 else 58 + 2 * seed)
+                assert result.reused_tokens == (0 if seed == 1 else 59 + 2 * seed)
             return result.tokens, session._states
 
     tokens, states = talk(tmp_path / "kept" / "a", reopen=False)
