@@ -100,7 +100,7 @@ def test_the_newest_token_joins_the_windows(run):
     key, value = (jnp.asarray(rng.standard_normal((2, 64)), jnp.float32) for _ in range(2))
     pages, valid, place = np.array([7, -1, 2, 5, 20], np.int32), np.array([8, 0, 8, 4, 0], np.int32), jnp.array([3, 3])
     fresh = decode.FreshToken(key, value, place)
-    part, _, after = decode.window_attention(
+    part, after = decode.window_attention(
         query, store + 0, jnp.asarray(valid), pages=jnp.asarray(pages), fresh=fresh, scale=0.125, **how
     )  # fmt: skip
     expected = store.at[:, 5, 0, 3].set(key).at[:, 5, 1, 3].set(value)
