@@ -52,8 +52,8 @@ class Screen:
     threshold of the queries that ask. capacity: most candidates of a chunk, in order of (row, page id).
 
     SmolLM2-135M, source code, 4,096 tokens: the full scan loses 0.0029 nats (1,267 tokens fetched), as set here 0.0048 (1,208), spread 1
-    loses 0.060: single tokens that match a query far better than their page's mean does are what must not be missed. Mean lost attention mass,
-    measured before, did not show it. A diagonal variance in place of one number a page gained nothing.
+    loses 0.060: single tokens that match a query far better than their page's mean does are what must not be missed. Mean lost attention
+    mass, measured before, did not show it. A diagonal variance in place of one number a page gained nothing.
     """
 
     stride: int = 4
