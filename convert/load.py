@@ -22,10 +22,11 @@ from convert.sources import GGUFSource, HuggingFaceSource, Source, read_hf_confi
 from convert.stream import HOST_BYTES, READERS, HostBuffers, PinnedBuffers, make_units, stream_arrays
 from hga_jax.config import ModelConfig
 from hga_jax.model import Decoder, weight_leaves
-from hga_jax.placement import default_placement, is_cuda
+from hga_jax.placement import default_placement
 from hga_jax.quantized import BlockScaled, Weight, dequantize
 from hga_jax.text.gguf_metadata import read_gguf_metadata
 from hga_jax.text.tokenizer import Tokenizer
+from pallas_kernels.dispatch import is_cuda
 
 DTYPES = ("bfloat16", "float32", "float16")
 Progress = Callable[[int, int], None]

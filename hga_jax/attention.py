@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from hga_jax.backend import AttentionBackend, Stats
+from hga_jax.backend import AttentionBackend, Stats, attend_whole, dense_stats, fits_cudnn
 from hga_jax.blocks import LayerState, Opened, attend, attend_and_keep, new_state, summarise_new
 from hga_jax.cache import DeviceHistory, HostHistory
 from hga_jax.cache.window import window_places
@@ -24,7 +24,7 @@ from hga_jax.gradients import routed_attention_gradient
 from hga_jax.listed import attend_listed
 from hga_jax.policies import Policy, policy_for
 from hga_jax.pytree import register
-from pallas_kernels.dispatch import Implementation, choose, on_cuda
+from pallas_kernels.dispatch import Implementation, choose
 from pallas_kernels.sketch_prefill_routing import unsupported
 
 
@@ -101,9 +101,10 @@ class HGAAttention(AttentionBackend):
             return out, after.stamps, stats
 
         def dense(_: None) -> tuple[Array, Array | None, Stats]:
-            return _attend_densely(query, key, value, count, state.stamps)
+            out = attend_whole(query, key, value, count)
+            return out, state.stamps, dense_stats(count, -(-count // self.config.chunk_size), count)
 
-        if 1 < query.shape[0] <= self.config.dense_up_to(_fits_cudnn(query)):
+        if 1 < query.shape[0] <= self.config.dense_up_to(fits_cudnn(query)):
             out, stamps, stats = lax.cond(start == 0, dense, routed, None)
         else:
             out, stamps, stats = routed(None)
@@ -212,26 +213,6 @@ def _write_pages(
     how: How,
 ) -> HostHistory:
     return history.typed().with_pages_written(source, held, end, most, window_places(end, config), how.plain())
-
-
-def _fits_cudnn(query: Float[Array, "T N H"]) -> bool:
-    return on_cuda() and query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[2] % 8 == 0 and query.shape[2] <= 128
-
-
-def _attend_densely(
-    query: Float[Array, "T N H"],
-    key: Float[Array, "T K H"],
-    value: Float[Array, "T K H"],
-    count: Int[Array, ""],
-    stamps: Int[Array, "K P"] | None,
-) -> tuple[Float[Array, "T N H"], Int[Array, "K P"] | None, Stats]:
-    """Exact causal attention of a sequence's first tokens."""
-    implementation = "cudnn" if _fits_cudnn(query) else "xla"
-    out = jax.nn.dot_product_attention(query[None], key[None], value[None], is_causal=True, implementation=implementation)[0]
-    queries, zero = count.astype(jnp.float32), jnp.float32(0)
-    blocks = (-(-count // 64)).astype(jnp.float32)
-    stats = Stats(queries, queries, blocks, blocks * queries, blocks, zero, zero)
-    return jnp.where((jnp.arange(query.shape[0]) < count)[:, None, None], out, 0), stamps, stats
 
 
 def hga_attention(

@@ -115,6 +115,26 @@ class AttentionBackend(Protocol):
         return worked, None
 
 
+def fits_cudnn(query: Float[Array, "T N H"]) -> bool:
+    """Whether cuDNN's fused attention takes such queries here."""
+    return on_cuda() and query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[2] % 8 == 0 and query.shape[2] <= 128
+
+
+def attend_whole(
+    query: Float[Array, "T N H"], key: Float[Array, "T K H"], value: Float[Array, "T K H"], count: Int[Array, ""]
+) -> Float[Array, "T N H"]:
+    """Exact causal attention of the first `count` tokens of a sequence, in one call; zeros for the other rows."""
+    implementation = "cudnn" if fits_cudnn(query) else "xla"
+    out = jax.nn.dot_product_attention(query[None], key[None], value[None], is_causal=True, implementation=implementation)[0]
+    return jnp.where((jnp.arange(query.shape[0]) < count)[:, None, None], out, 0)
+
+
+def dense_stats(queries: Int[Array, ""], blocks: Int[Array, ""], held: Int[Array, ""]) -> Stats:
+    """What attention to everything did, `held` tokens being there in the end."""
+    queries, blocks, zero = queries.astype(jnp.float32), blocks.astype(jnp.float32), jnp.float32(0)
+    return Stats(queries, queries, blocks, blocks * held.astype(jnp.float32), blocks, zero, zero)
+
+
 @dataclass(frozen=True)
 class DenseAttention(AttentionBackend):
     """Exact causal attention over the whole history, in blocks with an online softmax: no [T, S] array is ever made.
@@ -156,15 +176,11 @@ class DenseAttention(AttentionBackend):
         def in_blocks(_: None) -> Array:
             return lax.map(one_block, (jnp.arange(blocks), padded)).reshape(blocks * block, heads, width)[:length]
 
-        def fused(_: None) -> Array:
-            out = jax.nn.dot_product_attention(query[None], key[None], value[None], is_causal=True, implementation="cudnn")[0]
-            return jnp.where((jnp.arange(length) < count)[:, None, None], out, 0)
-
-        if on_cuda() and query.dtype in (jnp.bfloat16, jnp.float16) and width % 8 == 0 and width <= 128:
-            out = lax.cond(start == 0, fused, in_blocks, None)
+        if fits_cudnn(query):
+            out = lax.cond(start == 0, lambda _: attend_whole(query, key, value, count), in_blocks, None)
         else:
             out = in_blocks(None)
-        return out, state, self._stats(count, jnp.maximum(-(-count // 64), 1), state.length)
+        return out, state, dense_stats(count, jnp.maximum(-(-count // 64), 1), state.length)
 
     def decode(
         self,
@@ -176,7 +192,7 @@ class DenseAttention(AttentionBackend):
     ) -> tuple[Float[Array, "N H"], DeviceHistory, Stats]:
         state = state.append(key[None], value[None], jnp.int32(1))
         out = self._attend(query[None], state, state.length[None] - 1)[0]
-        return out, state, self._stats(jnp.int32(1), jnp.int32(1), state.length)
+        return out, state, dense_stats(jnp.int32(1), jnp.int32(1), state.length)
 
     def _attend(self, query: Float[Array, "T N H"], state: DeviceHistory, positions: Int[Array, " T"]) -> Float[Array, "T N H"]:
         """Causal attention of queries at `positions` (-1: none) over the history; float32 accumulation."""
@@ -208,7 +224,3 @@ class DenseAttention(AttentionBackend):
         _, total, acc = lax.fori_loop(0, blocks, step, empty)
         out = acc / jnp.where(total > 0, total, 1)[..., None]
         return out.reshape(kv_heads, -1, length, width).transpose(2, 0, 1, 3).reshape(length, heads, width).astype(query.dtype)
-
-    def _stats(self, queries: Array, blocks: Array, held: Array) -> Stats:
-        queries, blocks, zero = queries.astype(jnp.float32), blocks.astype(jnp.float32), jnp.float32(0)
-        return Stats(queries, queries, blocks, blocks * held.astype(jnp.float32), blocks, zero, zero)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from hga_jax.backend import Stats
 from hga_jax.blocks import LayerState
-from hga_jax.cache import DeviceHistory, HostHistory
+from hga_jax.cache import HostHistory
 from hga_jax.cache.window import WindowPlaces, place_of, window_places
 from hga_jax.config import HGAConfig
 from hga_jax.policies import Policy
@@ -23,7 +23,7 @@ from hga_jax.sketches import built_in_rotation
 from hga_jax.summaries import write
 from pallas_kernels import paper_routing, sketch_routing
 from pallas_kernels.limits import power_of_two
-from pallas_kernels.routed_decode_attention import Bank, FreshToken, Partial, Windows, merge, page_attention, plan_bank, window_attention
+from pallas_kernels.routed_decode_attention import Bank, FreshToken, Partial, merge, page_attention, plan_bank, window_attention
 from pallas_kernels.routed_decode_attention import Config as AttentionConfig
 from pallas_kernels.sketch_routing import PageList
 
@@ -90,30 +90,35 @@ def decode_token(
     Windows, carried pages and routing do not wait for each other: the compiler may run them side by side (see programs.decode_tokens), so
     that pages come over PCIe while the sketches are scanned.
     """
-    heads, width = query.shape
-    kv_heads = key.shape[0]
-    query = query.reshape(kv_heads, heads // kv_heads, width)
-    places = window_places(position, config)
-    fresh = FreshToken(key, value, jnp.stack([places.open_place, position % config.group_size]))
-    windows, history = _attend_windows(query, places, fresh, state.history, scale, how)
-    state = replace(state, history=history)
-    if config.policy == "paper":
-        out, state, tally = _attend_requested(query, windows.partial, state, position, config, scale, how)
-    else:
-        out, state, tally = _attend_remembered(query, windows.partial, state, position, config, scale, how)
-    return out.reshape(heads, width), state, _stats(tally, places, position, config)
+    grouped, windows, state = _attend_windows(query, key, value, state, position, config, scale, how)
+    attend = _attend_requested if config.policy == "paper" else _attend_remembered
+    out, state, tally = attend(grouped, windows, state, position, config, scale, how)
+    return out.reshape(query.shape), state, _stats(tally, window_places(position, config), position, config)
 
 
 def _attend_windows(
-    query: Float[Array, "K G H"], places: WindowPlaces, fresh: FreshToken, history: DeviceHistory | HostHistory, scale: float, how: How
-) -> tuple[Windows, DeviceHistory | HostHistory]:
-    """Sinks, local window and own chunk, the token's own key and value among them and now in the history."""
+    query: Float[Array, "N H"],
+    key: Float[Array, "K H"],
+    value: Float[Array, "K H"],
+    state: LayerState,
+    position: Int[Array, ""],
+    config: HGAConfig,
+    scale: float,
+    how: How,
+) -> tuple[Float[Array, "K G H"], Partial, LayerState]:
+    """Sinks, local window and own chunk, the token's own key and value among them and now in the history: (query by kv head, partial
+    result, state)."""
+    query = query.reshape(key.shape[0], -1, key.shape[1])
+    places, history = window_places(position, config), state.history
+    fresh = FreshToken(key, value, jnp.stack([places.open_place, position % config.group_size]))
     settings = how.attention() | {"scale": scale, "fresh": fresh}
     if isinstance(history, HostHistory):
         windows = window_attention(query, history.window, places.valid, **settings)
-        return windows, replace(history, window=windows.window)
-    windows = window_attention(query, history.pages, places.valid, pages=places.pages, **settings)
-    return windows, replace(history, pages=windows.window)
+        history = replace(history, window=windows.window)
+    else:
+        windows = window_attention(query, history.pages, places.valid, pages=places.pages, **settings)
+        history = replace(history, pages=windows.window)
+    return query, windows.partial, replace(state, history=history)
 
 
 class Tally(NamedTuple):
@@ -261,20 +266,15 @@ def open_token(
     how: How,
 ) -> tuple[Awaited, LayerState]:
     """The first half of `decode_token`, for a history whose pages somebody has to bring first."""
-    kv_heads, width = key.shape
-    query = query.reshape(kv_heads, -1, width)
-    places = window_places(position, config)
-    fresh = FreshToken(key, value, jnp.stack([places.open_place, position % config.group_size]))
-    windows, history = _attend_windows(query, places, fresh, state.history, scale, how)
-    state = replace(state, history=history)
+    query, windows, state = _attend_windows(query, key, value, state, position, config, scale, how)
     if config.policy == "paper":
         found = _route_paper(query, state, position, config, how)
-        awaited = Awaited(query, windows.partial, (PageList(found.ids, found.counts[:, :1]),), found.heads, _paper_tally(found, query))
+        awaited = Awaited(query, windows, (PageList(found.ids, found.counts[:, :1]),), found.heads, _paper_tally(found, query))
         return awaited, replace(state, marks=found.marks)
     before = carried_pages(state, position, config, how)
-    found = _route_sketch(query, windows.partial, state, position, config, scale, how)
-    tally = Tally(found.counts, found.counts[..., 0].sum() / kv_heads, found.unopened)
-    return Awaited(query, windows.partial, (before, found.fresh), None, tally), replace(state, stamps=found.stamps)
+    found = _route_sketch(query, windows, state, position, config, scale, how)
+    tally = Tally(found.counts, found.counts[..., 0].sum() / query.shape[0], found.unopened)
+    return Awaited(query, windows, (before, found.fresh), None, tally), replace(state, stamps=found.stamps)
 
 
 def finish_token(

@@ -7,10 +7,7 @@ from collections.abc import Callable
 import jax
 
 from hga_jax.config import ModelConfig
-
-
-def is_cuda(device: jax.Device) -> bool:
-    return device.platform == "gpu" and "cuda" in device.client.platform_version.lower()
+from pallas_kernels.dispatch import is_cuda
 
 
 def on_host(path: str, config: ModelConfig, device: jax.Device) -> bool:

@@ -125,7 +125,8 @@ def make_plan(config: ModelConfig, backend: AttentionBackend, ctx: int, dtype: A
         host=sizes["history"] if apart else 0, host_limit=_main_memory()[1] if apart else None,
     )  # fmt: skip
     for segment in segments(padded_size(ctx, SEGMENT, SUPER_BLOCK)):
-        plan = replace(plan, segment=segment, activations=activation_bytes(config, ctx, jnp.dtype(dtype).itemsize, segment))
+        activations = activation_bytes(config, ctx, jnp.dtype(dtype).itemsize, segment, getattr(backend, "config", None))
+        plan = replace(plan, segment=segment, activations=activations)
         if plan.fits:
             break
     return plan
@@ -142,13 +143,14 @@ def segments(size: int) -> list[int]:
     return [longest >> halved for halved in range(3) if longest >> halved >= SEGMENT] or [longest]
 
 
-def activation_bytes(config: ModelConfig, ctx: int, width: int, tokens: int) -> int:
+def activation_bytes(config: ModelConfig, ctx: int, width: int, tokens: int, hga: HGAConfig | None) -> int:
     """Bytes of prefill's temporaries with segments of `tokens` tokens, `width` bytes a value: the super-block's activations and the larger
     of a segment's two halves.
 
     Attention: input, normalised input, float32 products of q, k, v, the same turned, outputs. Expert MLP: a row of F and one of D for each
-    token and chosen expert (see pallas_kernels.moe_prefill), input, normalised input, output. Beside them what routing makes for a layer:
-    the history's keys as their sketches remember them, page means, page lists, and a byte a block and page in up to six tables.
+    token and chosen expert (see pallas_kernels.moe_prefill), input, normalised input, output. Beside them, unless attention is dense (`hga`
+    None), what routing makes for a layer: the history's keys as their sketches remember them, page means, page lists, and a byte a block
+    and page in up to six tables.
     """
     size, hidden = padded_size(ctx, SEGMENT, SUPER_BLOCK), config.hidden_size
     heads = (config.heads + 2 * config.kv_heads) * config.head_dim
@@ -156,10 +158,10 @@ def activation_bytes(config: ModelConfig, ctx: int, width: int, tokens: int) -> 
     mlp = tokens * (3 * hidden * width + 3 * config.mlp_size * width)
     if config.experts:
         mlp = tokens * (3 * hidden * width + config.experts_per_token * (config.expert_size + hidden) * 2)
-    hga = HGAConfig()
-    blocks, pages = tokens // hga.chunk_size + 1, ctx // hga.group_size
-    routing = config.kv_heads * (ctx + pages) * config.head_dim * width
-    routing += config.kv_heads * blocks * (3 * hga.page_capacity * 8 + 6 * pages)
+    routing = 0
+    if hga is not None:
+        blocks, pages = tokens // hga.chunk_size + 1, ctx // hga.group_size
+        routing = config.kv_heads * ((ctx + pages) * config.head_dim * width + blocks * (3 * hga.page_capacity * 8 + 6 * pages))
     return size * hidden * width + max(attention, mlp) + routing + 2 * config.vocab_size * 4
 
 

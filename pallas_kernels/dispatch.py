@@ -12,9 +12,14 @@ Implementation = Literal["pallas", "xla"]
 logger = logging.getLogger("hga_jax")
 
 
+def is_cuda(device: jax.Device) -> bool:
+    """Whether the device is an NVIDIA GPU."""
+    return device.platform == "gpu" and "cuda" in device.client.platform_version.lower()
+
+
 def on_cuda() -> bool:
     """Whether computations run on an NVIDIA GPU unless told otherwise."""
-    return jax.default_backend() == "gpu" and "cuda" in jax.devices()[0].client.platform_version.lower()
+    return is_cuda(jax.devices()[0])
 
 
 def choose(operation: str, implementation: Implementation | None, unsupported: str | None) -> Implementation:

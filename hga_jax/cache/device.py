@@ -9,17 +9,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from hga_jax.cache.pages import Paged, page_count
 from hga_jax.pytree import register
-
-
-def page_count(capacity: int, group_size: int) -> int:
-    """Pages that hold `capacity` tokens."""
-    return -(-capacity // group_size)
 
 
 @register
 @dataclass(frozen=True)
-class DeviceHistory:
+class DeviceHistory(Paged):
     """K/V of every token so far. pages[k, p, 0] are the keys of kv head k, tokens p*g .. p*g+g-1; pages[k, p, 1] their values.
 
     length: tokens held, int32 scalar (None inside a decode loop, where the position says it). What lies beyond it is zero or stale and
@@ -42,23 +38,6 @@ class DeviceHistory:
         rows = jnp.pad(jnp.stack([key, value.astype(key.dtype)]), ((0, 0), (0, capacity - tokens), (0, 0), (0, 0)))
         pages = rows.reshape(2, capacity // group_size, group_size, kv_heads, head_dim).transpose(3, 1, 0, 2, 4)
         return DeviceHistory(pages, jnp.int32(tokens))
-
-    @property
-    def kv_heads(self) -> int:
-        return self.pages.shape[0]
-
-    @property
-    def head_dim(self) -> int:
-        return self.pages.shape[4]
-
-    @property
-    def group_size(self) -> int:
-        return self.pages.shape[3]
-
-    @property
-    def capacity(self) -> int:
-        """Tokens there is room for."""
-        return self.pages.shape[1] * self.pages.shape[3]
 
     def append(self, key: Float[Array, "T K H"], value: Float[Array, "T K H"], count: Int[Array, ""]) -> DeviceHistory:
         """Add the first `count` rows after the tokens held. The caller sees to it that they fit."""

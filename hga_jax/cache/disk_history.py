@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from hga_jax.cache.device import page_count
 from hga_jax.cache.host import HostHistory
-from hga_jax.cache.window import WindowPlaces, window_page_count
+from hga_jax.cache.pages import page_count
+from hga_jax.cache.window import window_page_count
 from hga_jax.config import HGAConfig
 from hga_jax.pytree import register
 
@@ -34,8 +34,3 @@ class DiskHistory(HostHistory):
     def with_window_written(self, source_place: Int[Array, ""], page: Int[Array, ""], count: int, how: dict[str, Any]) -> DiskHistory:
         """Nothing to do: whoever stores the history reads the window itself."""
         return self
-
-    def with_window_of(self, source: Float[Array, "K P 2 g H"], end: Int[Array, ""], places: WindowPlaces) -> DiskHistory:
-        """Take the windows anew from a device array of all pages."""
-        window = source[:, jnp.clip(places.pages, 0, source.shape[1] - 1)].astype(self.window.dtype)
-        return replace(self, window=window, length=end)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from hga_jax.cache.device import page_count
+from hga_jax.cache.pages import Paged, page_count
 from hga_jax.cache.window import WindowPlaces, place_of, window_page_count
 from hga_jax.config import HGAConfig
 from hga_jax.pytree import register
@@ -21,7 +21,7 @@ from pallas_kernels.routed_decode_attention import Bank, copy_pages
 
 @register
 @dataclass(frozen=True)
-class HostHistory:
+class HostHistory(Paged):
     """K/V of every token so far: closed pages in `pages` (host), those of the windows also, and the open chunk only, in `window` (device).
 
     pages[k, p, 0] are the keys of kv head k, tokens p*g .. p*g+g-1; pages[k, p, 1] their values. window: the same, by the places of
@@ -46,23 +46,6 @@ class HostHistory:
             bank = Bank(jnp.zeros((kv_heads, bank_pages, *page), dtype), *unused)
         window = jnp.zeros((kv_heads, window_page_count(config), *page), dtype)
         return HostHistory(put_on_host(jnp.zeros((kv_heads, pages, *page), dtype)), window, bank, jnp.int32(0))
-
-    @property
-    def kv_heads(self) -> int:
-        return self.pages.shape[0]
-
-    @property
-    def head_dim(self) -> int:
-        return self.pages.shape[4]
-
-    @property
-    def group_size(self) -> int:
-        return self.pages.shape[3]
-
-    @property
-    def capacity(self) -> int:
-        """Tokens there is room for."""
-        return self.pages.shape[1] * self.pages.shape[3]
 
     def typed(self) -> HostHistory:
         """The same arrays; inside a program, where JAX takes an argument for device memory, the pages typed as what they are."""
@@ -90,8 +73,12 @@ class HostHistory:
         """
         page, after = first // self.group_size, -(-end // self.group_size)
         pages = copy_pages(self.pages, source, target_page=page, source_page=page, count=after - page, most=most, **how)
+        return replace(self.with_window_of(source, end, places), pages=as_host(pages))
+
+    def with_window_of(self, source: Float[Array, "K P 2 g H"], end: Int[Array, ""], places: WindowPlaces) -> HostHistory:
+        """Take the windows anew from a device array of all pages, which holds `end` tokens."""
         window = source[:, jnp.clip(places.pages, 0, source.shape[1] - 1)].astype(self.window.dtype)
-        return replace(self, pages=as_host(pages), window=window, length=end)
+        return replace(self, window=window, length=end)
 
     def read_into(
         self, target: Float[Array, "K P 2 g H"], end: Int[Array, ""], config: HGAConfig, how: dict[str, Any]
