@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from hga_jax.backend import AttentionBackend, Stats, attend_whole, dense_stats, fits_cudnn
 from hga_jax.blocks import LayerState, Opened, attend, attend_and_keep, new_state, summarise_new
 from hga_jax.cache import DeviceHistory, HostHistory
+from hga_jax.cache.host import put_on_device, put_on_host
 from hga_jax.cache.window import window_places
 from hga_jax.config import HGAConfig, RopeConfig
 from hga_jax.decoding import How, cannot_decode, carried_pages, close_chunk, decode_token
@@ -42,9 +43,11 @@ class HGAAttention(AttentionBackend):
     """Hierarchical global attention as the decoder's attention backend: settings only.
 
     rope: the model's, needed by the paper policy's "mixed_rope" summaries.
-    tier: where the history lives, "device" or "host". bank_pages: with the host tier and the sketch policy, pages of each layer and kv head
-    kept on the device. implementation: of decoding, None (kernels on a CUDA GPU, XLA elsewhere), "pallas", "xla", or "interpret": the
-    kernels in Pallas' interpreter, for tests.
+    tier: where the history lives, "device" or "host"; with "host" a layer's summaries are on the device only in decoding and while prefill
+    is at work on that layer. bank_pages: with the host tier and the sketch policy, pages of each layer and kv head kept on the device in
+    decoding. host_summaries: with the host tier, in how many layers (the last ones) decoding reads the largest array of the summaries in
+    place from host memory, for want of room on the device. implementation: of decoding, None (kernels on a CUDA GPU, XLA elsewhere),
+    "pallas", "xla", or "interpret": the kernels in Pallas' interpreter, for tests.
 
     With the sketch policy any split of a prompt into prefill calls and decode steps gives the same result; with screening (see HGAConfig)
     nearly: candidates are not remembered from one call to the next, and decode scans everything. With the paper policy the new
@@ -55,6 +58,7 @@ class HGAAttention(AttentionBackend):
     rope: RopeConfig | None = None
     tier: Literal["device", "host"] = "device"
     bank_pages: int = 0
+    host_summaries: int = 0
     implementation: Literal["pallas", "xla", "interpret"] | None = None
 
     def __post_init__(self):
@@ -65,16 +69,17 @@ class HGAAttention(AttentionBackend):
                 f"bank_pages={self.bank_pages} needs tier='host' and policy='sketch' (whose stamps say which pages are old), not "
                 f"tier={self.tier!r} and policy={self.config.policy!r}"
             )
+        if self.host_summaries and self.tier != "host":
+            raise ValueError(f"host_summaries={self.host_summaries} needs tier='host', not tier={self.tier!r}")
 
     def init_state(self, capacity: int, kv_heads: int, head_dim: int, dtype: Any) -> LayerState:
         """An empty state with room for `capacity` tokens, rounded up to whole chunks."""
         policy = policy_for(self.config, self.rope, head_dim, 1 / math.sqrt(head_dim))
         capacity = -(-capacity // self.config.chunk_size) * self.config.chunk_size
         if self.tier == "host":
-            history = HostHistory.create(capacity, kv_heads, head_dim, dtype, self.config, self.bank_pages)
-        else:
-            history = DeviceHistory.create(capacity, kv_heads, head_dim, self.config.group_size, dtype)
-        return new_state(history, dtype, self.config, policy)
+            state = new_state(HostHistory.create(capacity, kv_heads, head_dim, dtype, self.config), dtype, self.config, policy)
+            return replace(state, summaries=jax.tree.map(put_on_host, state.summaries))
+        return new_state(DeviceHistory.create(capacity, kv_heads, head_dim, self.config.group_size, dtype), dtype, self.config, policy)
 
     def prefill(
         self,
@@ -166,6 +171,31 @@ class HGAAttention(AttentionBackend):
         """Undo `start_decoding`."""
         return replace(state, history=replace(state.history, length=held), carried=None)
 
+    def before_prefill(self, states: tuple[LayerState, ...]) -> tuple[LayerState, ...]:
+        """Without banks, the summaries in host memory (host tier only)."""
+        if self.tier == "device":
+            return states
+
+        def one(state: LayerState) -> LayerState:
+            summaries = jax.tree.map(lambda x: _moved(x, put_on_host), state.summaries)
+            return replace(state, history=state.history.with_bank(0), summaries=summaries)
+
+        return tuple(one(state) for state in states)
+
+    def before_decoding(self, states: tuple[LayerState, ...]) -> tuple[LayerState, ...]:
+        """With empty banks, and the summaries on the device where `host_summaries` does not say otherwise (host tier only)."""
+        if self.tier == "device":
+            return states
+
+        def one(layer: int, state: LayerState) -> LayerState:
+            leaves, tree = jax.tree.flatten(state.summaries)
+            stays = len(states) - layer <= self.host_summaries
+            largest = max(range(len(leaves)), key=lambda i: leaves[i].size * leaves[i].dtype.itemsize)
+            leaves = [_moved(x, put_on_host if stays and i == largest else put_on_device) for i, x in enumerate(leaves)]
+            return replace(state, history=state.history.with_bank(self.bank_pages), summaries=jax.tree.unflatten(tree, leaves))
+
+        return tuple(one(layer, state) for layer, state in enumerate(states))
+
     def prefill_buffer(self, state: LayerState) -> Float[Array, "K P 2 g H"] | None:
         """Pages on the device for one layer at a time (host tier only)."""
         if not isinstance(state.history, HostHistory):
@@ -173,25 +203,38 @@ class HGAAttention(AttentionBackend):
         return jnp.zeros(state.history.pages.shape, state.history.pages.dtype)
 
     def load(self, state: LayerState, buffer: Float[Array, "K P 2 g H"] | None, held: int) -> LayerState:
-        """The state with its history in the buffer; older pages are copied there in bulk, far faster than gathering them block by block."""
+        """The state with its history in the buffer and its summaries on the device.
+
+        Older pages are copied there in bulk, far faster than gathering them block by block.
+        """
         if buffer is None:
             return state
         if held:
             how = self._how(state, state.history.kv_heads, state.history.head_dim)
             buffer = _read_pages(buffer, state.history, jnp.int32(held), config=self.config, how=how)
-        return replace(state, history=DeviceHistory(buffer, jnp.int32(held)))
+        summaries = jax.tree.map(lambda x: _moved(x, put_on_device), state.summaries)
+        return replace(state, history=DeviceHistory(buffer, jnp.int32(held)), summaries=summaries)
 
     def unload(
         self, state: LayerState, worked: LayerState, held: int, end: int, most: int
     ) -> tuple[LayerState, Float[Array, "K P 2 g H"] | None]:
-        """The pages written since `held` tokens go home to the host, the windows are taken anew."""
+        """The pages written since `held` tokens and the summaries go home to the host, the windows are taken anew."""
         if not isinstance(state.history, HostHistory):
             return worked, None
         buffer = worked.history.pages
         how = self._how(state, state.history.kv_heads, state.history.head_dim)
         most = min(most // self.config.group_size + 1, buffer.shape[1])
         history = _write_pages(state.history, buffer, jnp.int32(held), jnp.int32(end), config=self.config, most=most, how=how)
-        return replace(worked, history=history), buffer
+        summaries = jax.tree.map(lambda x: _moved(x, put_on_host), worked.summaries)
+        return replace(worked, history=history, summaries=summaries), buffer
+
+
+def _moved(array: Array, move: Callable[[Array], Array]) -> Array:
+    """The array in the memory that `move` brings it to; the original, if another, is given up at once, whoever still refers to it."""
+    done = move(array)
+    if done is not array and not isinstance(array, jax.core.Tracer):
+        array.delete()
+    return done
 
 
 @partial(jax.jit, static_argnames=("config", "how"), donate_argnames="buffer")

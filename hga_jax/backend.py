@@ -99,6 +99,17 @@ class AttentionBackend(Protocol):
         """Undo `start_decoding`."""
         return state
 
+    def before_prefill(self, states: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The states of all layers without what prefill has no use for beside the layer at work, on the device. They are consumed."""
+        return states
+
+    def before_decoding(self, states: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The states of all layers with what makes decoding fast on the device. They are consumed.
+
+        Decoding works without, and gives the same.
+        """
+        return states
+
     def prefill_buffer(self, state: Any) -> Any:
         """What all layers' prefill works in, one after the other, when states live elsewhere; None when it works on the state."""
         return None

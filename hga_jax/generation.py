@@ -166,7 +166,9 @@ class Generation:
         self.states = states
         logits = programs.row_logits(self.model.params, block.x, jnp.int32(block.count - 1))
         token = int(programs.first_token(logits, self.sampling, self.key, jnp.int32(total - 1)))
-        return token, states, stats
+        del block  # its activations, before decoding takes their room
+        self.states = self.backend.before_decoding(states)
+        return token, self.states, stats
 
     def _recording(self, segment: int | None) -> dict[str, Any]:
         """Settings of prefill that hand every layer's state to the recorder."""

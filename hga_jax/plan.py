@@ -16,11 +16,12 @@ from hga_jax.cache.tiers import choose_tier
 from hga_jax.config import HGAConfig, ModelConfig
 from hga_jax.model import Decoder, weight_leaves
 from hga_jax.placement import on_host
-from hga_jax.programs import SEGMENT, SUPER_BLOCK, padded_size, segment_of
+from hga_jax.programs import LAYERS_UNDER_WAY, SEGMENT, SUPER_BLOCK, padded_size, segment_of
 
 GIB = 2**30
 BANK_SHARE = 1 / 8  # of the history's pages: several times what is open at a time at 64K, so that hardly one is fetched twice
-UNPLANNED = 0.1  # of the device's memory, left to what the table does not count: the compiler's temporaries, fragments
+DECODE_ROOM = 2**28  # bytes left free beside what decoding is planned to hold: the compiler's temporaries, fragments
+PCIE = 46e9  # bytes a second, measured on PCIe 5 x16
 MAIN_MEMORY = "available main memory"
 
 
@@ -31,6 +32,8 @@ class Plan:
     host_weights: bytes of weights that lie in pinned host memory, outside the total.
     host: bytes of `history` that lie in host memory instead, and host_limit what there is of it; working: the device buffer that one
     layer's history passes through in prefill. Both 0 with the device tier. segment: tokens that prefill takes through a layer at a time.
+    prefill_summaries: bytes of `summaries` on the device while prefill is at work. host_summaries: bytes of them that stay in host memory
+    while decoding, the largest array of `host_layers` layers: what every token reads over PCIe.
     """
 
     ctx: int
@@ -48,32 +51,62 @@ class Plan:
     host: int = 0
     host_limit: int | None = None
     segment: int = 0
+    prefill_summaries: int = 0
+    host_summaries: int = 0
+    host_layers: int = 0
+
+    @property
+    def lasting(self) -> int:
+        """Bytes held through prefill and decoding, summaries apart."""
+        return self.weights + self.history - self.host + self.windows
+
+    @property
+    def prefill_total(self) -> int:
+        """Bytes in the memory that is planned for, while prefill is at work."""
+        return self.lasting + self.prefill_summaries + self.working + self.activations
+
+    @property
+    def decode_total(self) -> int:
+        """The same while decoding."""
+        return self.lasting + self.summaries - self.host_summaries + self.bank
 
     @property
     def total(self) -> int:
-        """Bytes in the memory that is planned for."""
-        return self.weights + self.history - self.host + self.summaries + self.windows + self.bank + self.working + self.activations
+        """The larger of the two: prefill's buffers are given up before decoding takes its own."""
+        return max(self.prefill_total, self.decode_total)
 
     def table(self) -> str:
         """The plan as lines of text, GiB."""
         notes = {
             "weights": "",
             "history": f"K and V of {self.ctx:,} tokens, all layers; tier: {self.tier}",
-            "summaries": "what routing reads",
+            "summaries": self._where_summaries(),
             "windows": "within the history in this tier" if not self.windows else "sinks, local window and open chunk",
-            "bank": "none" if not self.bank else "routed pages kept on the device",
+            "bank": "none" if not self.bank else "routed pages kept on the device, from the end of prefill on",
             "working": "none in this tier" if not self.working else "one layer's history during prefill",
             "activations": f"one super-block of the prompt; projections and MLP of {self.segment:,} tokens at a time; logits",
         }
         lines = [f"{'':14}{'GiB':>9}"]
         lines += [f"{name:14}{getattr(self, name) / GIB:9.3f}  {note}".rstrip() for name, note in notes.items()]
         beside = f"; the history ({self.host / GIB:.3f}) is in host memory" if self.host else ""
-        lines.append(f"{'total':14}{self.total / GIB:9.3f}  in {self.memory}{beside}")
+        phases = f"{self.prefill_total / GIB:.3f} in prefill, {self.decode_total / GIB:.3f} in decoding"
+        lines.append(f"{'total':14}{self.total / GIB:9.3f}  in {self.memory}: {phases}{beside}")
         if self.host_weights:
             lines.append(f"{'embedding':14}{self.host_weights / GIB:9.3f}  in pinned host memory: a token reads one row")
         if self.limit is not None:
             lines.append(f"{'available':14}{self.limit / GIB:9.3f}")
         return "\n".join(lines)
+
+    def _where_summaries(self) -> str:
+        note = "what routing reads"
+        if self.prefill_summaries < self.summaries:
+            note += f"; {self.prefill_summaries / GIB:.3f} of it on the device in prefill"
+        if self.host_summaries:
+            note += (
+                f"; {self.host_summaries / GIB:.3f}, those of {self.host_layers} layers, in host memory in decoding: "
+                f"every token reads them over PCIe (about {self.host_summaries / PCIE * 1e3:.0f} ms on PCIe 5 x16)"
+            )
+        return note
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self) | {"total": self.total}
@@ -92,7 +125,7 @@ class Plan:
         if self.fits:
             return
         short = self.total - self.limit
-        growing = self.history - self.host + self.summaries + self.working
+        growing = self.history - self.host + self.prefill_summaries + self.working
         per_token = growing / self.ctx
         fits = int((self.limit - (self.total - growing)) / per_token)
         if fits > 0:
@@ -106,28 +139,38 @@ class Plan:
         )
 
 
-def make_plan(config: ModelConfig, backend: AttentionBackend, ctx: int, dtype: Any, device: jax.Device | None = None) -> Plan:
-    """Count the bytes of a run of `ctx` tokens. Nothing is read or allocated."""
+def make_plan(
+    config: ModelConfig, backend: AttentionBackend, ctx: int, dtype: Any, device: jax.Device | None = None, parks: bool = True
+) -> Plan:
+    """Count the bytes of a run of `ctx` tokens. Nothing is read or allocated.
+
+    parks: whether the host tier's summaries are on the device for two layers at a time in prefill; a history on disk keeps them all there.
+    """
     device = device or jax.devices()[0]
     leaves = {path: _bytes(leaf) for path, leaf in weight_leaves(Decoder.abstract(config, dtype)).items()}
     host_weights = sum(size for path, size in leaves.items() if on_host(path, config, device))
     weights = sum(leaves.values()) - host_weights
-    state = jax.eval_shape(lambda: backend.init_state(ctx, config.kv_heads, config.head_dim, dtype))
-    sizes = {"history": 0, "windows": 0, "bank": 0, "summaries": 0}
+    state = jax.eval_shape(lambda: backend.before_decoding((backend.init_state(ctx, config.kv_heads, config.head_dim, dtype),))[0])
+    sizes, movable = {"history": 0, "windows": 0, "bank": 0, "summaries": 0}, [0]
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         sizes[purpose(path)] += config.layers * _bytes(leaf)
+        if "summaries" in _names(path):
+            movable.append(_bytes(leaf))
     tier = tier_of(backend)
     working = sizes["history"] // config.layers if tier == "host" else 0
     memory, limit = _memory(device)
     apart = tier == "host" and has_own_memory(device)
+    parked = sum(movable) * max(config.layers - LAYERS_UNDER_WAY, 0) if apart and parks else 0
+    host_layers = min(backend.host_summaries, config.layers) if apart else 0
     plan = Plan(
         ctx, weights, host_weights, **sizes, activations=0, tier=tier, memory=memory, limit=limit, working=working,
         host=sizes["history"] if apart else 0, host_limit=_main_memory()[1] if apart else None,
+        prefill_summaries=sizes["summaries"] - parked, host_summaries=host_layers * max(movable), host_layers=host_layers,
     )  # fmt: skip
     for segment in segments(padded_size(ctx, SEGMENT, SUPER_BLOCK)):
         activations = activation_bytes(config, ctx, jnp.dtype(dtype).itemsize, segment, getattr(backend, "config", None))
         plan = replace(plan, segment=segment, activations=activations)
-        if plan.fits:
+        if limit is None or plan.prefill_total <= limit:
             break
     return plan
 
@@ -190,9 +233,14 @@ def place_history(
     if not movable:
         raise ValueError(f"--kv-store {kv_store} needs attention hga: dense attention reads its whole history for every token")
     if tier == "disk":
-        return replace(backend, tier="device", bank_pages=0), _plan_on_disk(config, backend, ctx, dtype, host_memory, device)
+        plan = _plan_on_disk(config, backend, ctx, dtype, host_memory, device)
+        return replace(backend, tier="device", bank_pages=0, host_summaries=0), plan
     backend = replace(backend, tier=tier)
     plan = make_plan(config, backend, ctx, dtype, device)
+    layers = _layers_on_host(config, backend, plan, dtype, device)
+    if layers:
+        backend = replace(backend, host_summaries=layers)
+        plan = make_plan(config, backend, ctx, dtype, device)
     bank = _bank_pages(config, backend, plan, dtype)
     if not bank:
         return backend, plan
@@ -200,13 +248,23 @@ def place_history(
     return backend, make_plan(config, backend, ctx, dtype, device)
 
 
+def _layers_on_host(config: ModelConfig, backend: HGAAttention, plan: Plan, dtype: Any, device: jax.Device | None) -> int:
+    """In how many layers the summaries' largest array must stay in host memory for decoding to fit: as few as possible."""
+    if not plan.host or plan.limit is None:
+        return 0
+    short = plan.decode_total + DECODE_ROOM - plan.limit
+    each = make_plan(config, replace(backend, host_summaries=1), plan.ctx, dtype, device).host_summaries
+    return min(max(-(-short // each), 0), config.layers)
+
+
 def _bank_pages(config: ModelConfig, backend: HGAAttention, plan: Plan, dtype: Any) -> int:
     """Pages of a kv head that fit on the device beside everything else, at most a share of the history; 0 where a bank is of no use."""
     if plan.tier != "host" or not plan.host or plan.limit is None or backend.config.policy != "sketch":
         return 0
     group = backend.config.group_size
-    page_bytes = config.layers * config.kv_heads * 2 * group * config.head_dim * jnp.dtype(dtype).itemsize
-    spare = plan.limit * (1 - UNPLANNED) - plan.total
+    heads, number = config.layers * config.kv_heads, jnp.dtype(jnp.int32).itemsize  # tables: of the slots, and of the pages of the history
+    page_bytes = heads * (2 * group * config.head_dim * jnp.dtype(dtype).itemsize + number)
+    spare = plan.limit - DECODE_ROOM - plan.decode_total - heads * number * (-(-plan.ctx // group) + backend.config.groups_per_chunk)
     return max(min(int(spare // page_bytes), int(plan.ctx // group * BANK_SHARE)), 0)
 
 
@@ -214,7 +272,7 @@ def _plan_on_disk(
     config: ModelConfig, backend: HGAAttention, ctx: int, dtype: Any, host_memory: float | None, device: jax.Device | None
 ) -> Plan:
     """Of a history on disk, memory holds one layer at a time in prefill, and a page cache on the host."""
-    plan = make_plan(config, replace(backend, tier="host", bank_pages=0), ctx, dtype, device)
+    plan = make_plan(config, replace(backend, tier="host", bank_pages=0, host_summaries=0), ctx, dtype, device, parks=False)
     cache = min(page_cache_bytes(host_memory), plan.history)
     on_cpu = plan.memory == MAIN_MEMORY
     return replace(plan, tier="disk", history=cache, host=0 if on_cpu else cache, host_limit=None if on_cpu else _main_memory()[1])
@@ -231,12 +289,16 @@ def tier_of(backend: AttentionBackend) -> str:
 
 def purpose(path: tuple) -> str:
     """What a leaf of an attention state, by its path, is held for: history, windows, bank or summaries."""
-    names = [getattr(part, "name", None) for part in path]
+    names = _names(path)
     if "bank" in names:
         return "bank"
     if "window" in names:
         return "windows"
     return "history" if "pages" in names else "summaries"
+
+
+def _names(path: tuple) -> list[str | None]:
+    return [getattr(part, "name", None) for part in path]
 
 
 def _bytes(tree: Any) -> int:

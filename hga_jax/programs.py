@@ -24,6 +24,7 @@ from hga_jax.sampling import Sampling, sample
 from pallas_kernels.dispatch import on_cuda
 
 SUPER_BLOCK = 65536  # tokens that run through a layer before the next layer starts
+LAYERS_UNDER_WAY = 2  # layers that prefill dispatches before the first must be done: what each has on the device is planned for
 SEGMENT = 1024  # tokens whose projections, attention and MLP are computed at a time: bounds activations
 SEGMENT_CUDA = 16384  # where launches are dear: long enough that a layer's few dozen cost nothing beside its work
 
@@ -41,7 +42,8 @@ class SuperBlock:
 def new_states(decoder: Decoder, backend: AttentionBackend, capacity: int, dtype: Any) -> tuple[Any, ...]:
     """An empty K/V state for each layer."""
     config = decoder.config
-    return tuple(backend.init_state(capacity, config.kv_heads, config.head_dim, dtype) for _ in range(config.layers))
+    # One at a time: zeros for host memory are made on the device, and all layers' would not fit there.
+    return tuple(jax.block_until_ready(backend.init_state(capacity, config.kv_heads, config.head_dim, dtype)) for _ in range(config.layers))
 
 
 @partial(jax.jit, static_argnames=("backend", "segment"), donate_argnames=("x", "state"))
@@ -144,6 +146,7 @@ def prefill_blocks(
     layer's state, what `note` said of it after every segment), and must copy what it wants to keep: the state's buffers live on. `home`:
     for each layer, what loads and unloads its history instead of the backend, whose methods of those names it has.
     """
+    states = backend.before_prefill(states)
     buffer = (backend if home is None else home(0)).prefill_buffer(states[0])
     for begin in range(0, len(tokens), super_block):
         part = np.asarray(tokens[begin : begin + super_block], np.int32)
@@ -163,6 +166,7 @@ def prefill_blocks(
                 on_state(index, first + begin, len(part), worked, noted)
             state, buffer = keeper.unload(state, worked, first + begin, first + begin + len(part), size)
             done.append(state)
+            jax.block_until_ready(done[-LAYERS_UNDER_WAY : 1 - LAYERS_UNDER_WAY])
             if on_layer is not None:
                 x.block_until_ready()
                 on_layer(begin + len(part) * (index + 1) / len(states))

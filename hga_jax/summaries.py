@@ -16,9 +16,11 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from hga_jax.cache.host import as_host, is_host
 from hga_jax.config import HGAConfig, RopeConfig
 from hga_jax.pytree import register
 from hga_jax.rope import frequencies
+from pallas_kernels.host_rows import copy_rows
 
 
 @register
@@ -68,9 +70,12 @@ def empty(summarise: Callable[[Array], Any], kv_heads: int, tokens: int, head_di
 
 
 def write(summaries: Any, fresh: Any, first_chunk: Int[Array, ""], fresh_chunks: int) -> Any:
-    """Put the summaries of `fresh_chunks` neighbouring chunks in their place."""
+    """Put the summaries of `fresh_chunks` neighbouring chunks in their place, in either memory."""
 
     def put(old: Array, new: Array) -> Array:
-        return lax.dynamic_update_slice_in_dim(old, new, first_chunk * (new.shape[1] // fresh_chunks), axis=1)
+        first = first_chunk * (new.shape[1] // fresh_chunks)
+        if is_host(old):
+            return as_host(copy_rows(old, new, target_row=first, source_row=jnp.int32(0), count=new.shape[1]))
+        return lax.dynamic_update_slice_in_dim(old, new, first, axis=1)
 
     return jax.tree.map(put, summaries, fresh)

@@ -28,7 +28,7 @@ def prefilled(decoder, backend, tokens, states, first=0):
     """In super-blocks of 32 tokens, so that later ones need the older pages back."""
     for done in programs.prefill_blocks(decoder, tokens, states, backend, first=first, segment=32, super_block=32):
         last = done
-    return last.states
+    return backend.before_decoding(last.states)
 
 
 def decoded(decoder, backend, token, position, states, count):
@@ -103,3 +103,29 @@ def test_places_hold_the_windows_of_every_position(sinks, local):
 def test_a_bank_needs_the_host_tier():
     with pytest.raises(ValueError, match="bank_pages=4 needs tier='host'"):
         HGAAttention(HGAConfig(), bank_pages=4)
+
+
+def test_summaries_are_on_the_device_only_while_they_are_needed(monkeypatch):
+    """A CPU device has a pinned memory of its own, which the host tier leaves alone unless it takes the device for a GPU."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    backend = HGAAttention(HGAConfig(**SMALL), tier="host", bank_pages=5, host_summaries=2)
+    states = tuple(backend.init_state(96, 2, 16, jnp.bfloat16) for _ in range(3))
+    on_host = {"means": True, "codes": True, "scales": True}
+
+    def places(states):
+        return [{name: getattr(s.summaries, name).sharding.memory_kind == "pinned_host" for name in on_host} for s in states]
+
+    assert places(states) == [on_host] * 3
+    after = backend.before_decoding(states)
+    assert places(after) == [dict.fromkeys(on_host, False)] + [{"means": False, "codes": True, "scales": False}] * 2
+    assert [state.history.bank.pages.shape for state in after] == [(2, 5, 2, 4, 16)] * 3
+    assert states[0].summaries.codes.is_deleted()
+    again = backend.before_prefill(after)
+    assert places(again) == [on_host] * 3
+    assert all(state.history.bank is None for state in again)
+    assert after[0].summaries.means.is_deleted()
+
+
+def test_summaries_on_the_host_need_the_host_tier():
+    with pytest.raises(ValueError, match="host_summaries=4 needs tier='host'"):
+        HGAAttention(HGAConfig(), host_summaries=4)

@@ -43,3 +43,26 @@ def test_rows_of_a_host_table(tokens, width, interpret):
     out = jax.jit(host_rows.host_rows)(table, ids)
     np.testing.assert_array_equal(out, expected)
     assert out.sharding.memory_kind == jnp.zeros(1).sharding.memory_kind
+
+
+@pytest.mark.parametrize("interpret", MODES)
+@pytest.mark.parametrize(("count", "width"), [(1, (24,)), (64, (32,)), (150, (5,)), (7, ()), (64, ())])
+def test_rows_from_one_memory_to_the_other(count, width, interpret):
+    """Native, the target lies in pinned host memory, then the source; what lies around the rows stays."""
+    rng = np.random.default_rng(count)
+    target, source = (rng.integers(0, 255, (3, n, *width), np.uint8) for n in (200, 160))
+    expected = rows_reference.copy_rows(target, source, 41, 9, count)
+    where = jnp.array([9, 41], jnp.int32)
+    for hosted in (0, 1):
+        arrays = [jnp.asarray(target), jnp.asarray(source)]
+        if not interpret:
+            host = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+            arrays[hosted] = jax.device_put(arrays[hosted], host)
+
+        def run(target, source, where, on_host=not interpret and hosted == 0):
+            out = rows_kernel.copy_rows(target, source, where, count, interpret=interpret)
+            return jax.device_put(out, jax.memory.Space.Host) if on_host else out
+
+        np.testing.assert_array_equal(jax.jit(run, donate_argnums=0)(*arrays, where), expected)
+    rows = {"target_row": jnp.int32(41), "source_row": jnp.int32(9), "count": count, "implementation": "xla"}
+    np.testing.assert_array_equal(host_rows.copy_rows(jnp.asarray(target), jnp.asarray(source), **rows), expected)

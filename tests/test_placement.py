@@ -18,7 +18,7 @@ from hga_jax.backend import DenseAttention
 from hga_jax.bench.load import measure
 from hga_jax.config import HGAConfig, ModelConfig
 from hga_jax.language_model import LanguageModel
-from hga_jax.plan import make_plan
+from hga_jax.plan import make_plan, place_history
 
 
 @pytest.fixture(scope="module")
@@ -50,28 +50,59 @@ def thirty_billion(monkeypatch):
     monkeypatch.setattr(programs, "on_cuda", lambda: True)
     monkeypatch.setattr(plan, "_memory", lambda device: ("GPU memory", 33_158_070_272))
     monkeypatch.setattr(plan, "has_own_memory", lambda device: True)
+    monkeypatch.setattr(plan, "_main_memory", lambda: ("main memory", 128 * 2**30))
     config = ModelConfig.from_hf(make_config("qwen3-30b-a3b-fp8"))
-    return lambda ctx: make_plan(config, HGAAttention(HGAConfig(), config.rope, tier="host"), ctx, jnp.bfloat16)
+    return lambda ctx, policy="sketch": place_history(
+        config, HGAAttention(HGAConfig(policy=policy), config.rope), ctx, jnp.bfloat16, "host"
+    )
 
 
 def test_the_plan_is_what_the_allocator_said(thirty_billion):
     """Measured: the allocator's peak was 30,552,215,552 bytes after loading and 32,449,070,848 after a prefill of 65,536 tokens with the
-    history in host memory (ctx 65,792, JAX 0.11.2)."""
-    plan = thirty_billion(65_792)
+    history in host memory (ctx 65,792, JAX 0.11.2), when all summaries lay on the device in prefill and there was no bank."""
+    plan = thirty_billion(65_792)[1]
     assert plan.weights == 30_552_215_552
     assert plan.segment == 16_384
-    assert plan.total == pytest.approx(32_449_070_848, rel=0.02)
+    assert plan.prefill_total + plan.summaries - plan.prefill_summaries == pytest.approx(32_449_070_848, rel=0.02)
     assert plan.fits
 
 
+def test_256k_tokens_fit_with_all_summaries_on_the_device(thirty_billion):
+    plan = thirty_billion(262_144 + 512)[1]
+    assert plan.fits
+    assert plan.host_summaries == 0
+    page = 48 * 4 * 2 * 16 * 128 * 2
+    assert plan.bank > 120 * page  # what a token sees: about 1,900 tokens of each kv head
+    assert plan.prefill_summaries < plan.summaries / 16
+    assert plan.decode_total + plan.working + plan.activations > plan.limit  # they share their room
+
+
+@pytest.mark.parametrize("policy", ["sketch", "paper"])
+def test_512k_tokens_fit_with_some_summaries_on_the_host(thirty_billion, policy):
+    """Sketches: 32 bytes of codes a token and kv head; the paper's group sums: 256 bytes a group of 16 tokens."""
+    tokens = 512 * 1024
+    backend, plan = thirty_billion(tokens, policy)
+    each = tokens * 4 * (32 if policy == "sketch" else 16)
+    assert plan.fits
+    assert backend.host_summaries == plan.host_layers
+    assert plan.host_summaries == plan.host_layers * each
+    assert plan.decode_total + 2**28 <= plan.limit
+    if policy == "sketch":
+        assert plan.decode_total - plan.bank + each + 2**28 > plan.limit  # as few layers as possible
+        assert f"those of {plan.host_layers} layers, in host memory in decoding" in plan.table()
+    else:
+        assert plan.host_layers == 0
+
+
 def test_segments_shorten_before_a_plan_is_refused(thirty_billion):
-    long, longer = thirty_billion(131_072 + 512), thirty_billion(262_144)
-    assert long.fits
-    assert long.segment < 16_384
-    assert long.activations < thirty_billion(65_792).activations
-    assert not longer.fits  # 1.8 GiB of summaries beside 28.5 of weights
+    long, longer = thirty_billion(131_072 + 512)[1], thirty_billion(512 * 1024)[1]
+    assert long.segment == 16_384
+    assert longer.segment < 16_384
+    assert longer.fits
+    beyond = thirty_billion(2**20)[1]
+    assert not beyond.fits
     with pytest.raises(ValueError, match=r"--ctx \d+ would fit"):
-        replace(longer, host_limit=None).check()
+        replace(beyond, host_limit=None).check()
 
 
 def test_an_embedding_on_the_host_gives_the_same_logits(checkpoint):

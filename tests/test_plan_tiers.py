@@ -1,5 +1,6 @@
 """The byte table decides the tier, and holds at a million tokens."""
 
+from dataclasses import replace
 from unittest.mock import Mock
 
 import jax
@@ -24,8 +25,10 @@ def gpu(gib):
     return device
 
 
-def placed(kv_store, gib, backend=None, tokens=TOKENS):
-    return place_history(MODEL, backend or HGAAttention(HGAConfig()), tokens, jnp.bfloat16, kv_store, device=gpu(gib))
+def placed(kv_store, gib, backend=None, tokens=TOKENS, layers=MODEL.layers):
+    return place_history(
+        replace(MODEL, layers=layers), backend or HGAAttention(HGAConfig()), tokens, jnp.bfloat16, kv_store, device=gpu(gib)
+    )
 
 
 def test_a_million_tokens_are_counted_exactly():
@@ -36,19 +39,30 @@ def test_a_million_tokens_are_counted_exactly():
     assert plan.summaries == pytest.approx(2 * 4 * TOKENS * (32 + 2 + 128 * 2 / 64 + 4 / 16), rel=1e-6)  # codes, scale, mean, stamp
     assert plan.bank == pytest.approx(2 * 4 * TOKENS / 16 / 8 * (2 * 16 * 128 * 2 + 4) + 2 * 4 * TOKENS / 16 * 4)  # an eighth, and tables
     assert plan.windows == 2 * 4 * 11 * 64 * 2 * 128 * 2
-    assert plan.total == plan.weights + plan.summaries + plan.windows + plan.bank + plan.working + plan.activations
+    lasting = plan.weights + plan.windows
+    assert plan.prefill_total == lasting + plan.summaries + plan.working + plan.activations  # two layers: both summaries on the device
+    assert plan.decode_total == lasting + plan.summaries + plan.bank
+    assert plan.total == max(plan.prefill_total, plan.decode_total)
     assert backend.tier == plan.tier == "host"
 
 
 def test_auto_takes_the_device_while_the_plan_fits():
     assert placed("auto", 80)[0].tier == "device"
-    roomy = placed("host", 8)[1]
-    tight = (roomy.total - roomy.bank / 2) / 0.9 / GIB  # less a tenth that stays unplanned, half a bank is left
-    backend, plan = placed("auto", tight)
+    backend, plan = placed("auto", 5)
     assert (backend.tier, plan.fits) == ("host", True)
-    assert 0.4 < plan.bank / roomy.bank < 0.6
     assert placed("auto", 80, HGAAttention(HGAConfig(), tier="host"))[0].tier == "host"
     assert placed("device", 4)[1].fits is False
+
+
+def test_a_bank_takes_what_prefill_gives_up():
+    """64 layers, 65,536 tokens: the bank is bounded by the device, not by its share of the history."""
+    roomy = placed("host", 80, tokens=65536, layers=64)[1]
+    enough = placed("host", roomy.decode_total / GIB + 0.25, tokens=65536, layers=64)[1]
+    half = placed("host", (roomy.decode_total - roomy.bank / 2) / GIB + 0.25, tokens=65536, layers=64)[1]
+    assert enough.bank == pytest.approx(roomy.bank, rel=0.01)
+    assert half.bank == pytest.approx(roomy.bank / 2, rel=0.01)
+    assert half.fits
+    assert half.total < half.lasting + half.summaries + half.bank + half.working + half.activations
 
 
 def test_dense_attention_stays_on_the_device():

@@ -108,6 +108,10 @@ def _normal(key, shape, dtype):
 
 def make_state(case: Case, seed: int) -> LayerState:
     """One layer's made-up history. Sketches: means are zero and scales such that scores of unit queries are unit Gaussians."""
+    return case.backend.before_decoding((_made_up(case, seed),))[0]
+
+
+def _made_up(case: Case, seed: int) -> LayerState:
     backend, keys = case.backend, jax.random.split(jax.random.key(seed), 4)
     state = backend.init_state(case.capacity, case.kv_heads, case.head_dim, jnp.bfloat16)
     pages = _normal(keys[0], state.history.pages.shape, jnp.bfloat16)

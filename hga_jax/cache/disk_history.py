@@ -23,10 +23,8 @@ class DiskHistory(HostHistory):
     pages: Float[Array, "K P 0 g H"]
 
     @staticmethod
-    def create(capacity: int, kv_heads: int, head_dim: int, dtype: Any, config: HGAConfig, bank_pages: int = 0) -> DiskHistory:
-        """Room for `capacity` tokens, whole pages. There is no bank: `bank_pages` must be 0."""
-        if bank_pages:
-            raise ValueError(f"{bank_pages=}: a history on disk has no bank on the device")
+    def create(capacity: int, kv_heads: int, head_dim: int, dtype: Any, config: HGAConfig) -> DiskHistory:
+        """Room for `capacity` tokens, whole pages; never a bank."""
         none = jnp.zeros((kv_heads, page_count(capacity, config.group_size), 0, config.group_size, head_dim), dtype)
         window = jnp.zeros((kv_heads, window_page_count(config), 2, config.group_size, head_dim), dtype)
         return DiskHistory(none, window, None, jnp.int32(0))

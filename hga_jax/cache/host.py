@@ -35,17 +35,21 @@ class HostHistory(Paged):
     length: Int[Array, ""] | None
 
     @staticmethod
-    def create(capacity: int, kv_heads: int, head_dim: int, dtype: Any, config: HGAConfig, bank_pages: int = 0) -> HostHistory:
-        """Room for `capacity` tokens, whole pages, and for `bank_pages` pages of each kv head in the bank."""
+    def create(capacity: int, kv_heads: int, head_dim: int, dtype: Any, config: HGAConfig) -> HostHistory:
+        """Room for `capacity` tokens, whole pages; no bank."""
         page = (2, config.group_size, head_dim)
-        pages = page_count(capacity, config.group_size)
-        bank_pages = min(bank_pages, pages)
-        bank = None
-        if bank_pages:
-            unused = jnp.full((kv_heads, pages), -1, jnp.int32), jnp.full((kv_heads, bank_pages), -1, jnp.int32)
-            bank = Bank(jnp.zeros((kv_heads, bank_pages, *page), dtype), *unused)
         window = jnp.zeros((kv_heads, window_page_count(config), *page), dtype)
-        return HostHistory(put_on_host(jnp.zeros((kv_heads, pages, *page), dtype)), window, bank, jnp.int32(0))
+        pages = jnp.zeros((kv_heads, page_count(capacity, config.group_size), *page), dtype)
+        return HostHistory(put_on_host(pages), window, None, jnp.int32(0))
+
+    def with_bank(self, bank_pages: int) -> HostHistory:
+        """With an empty bank of at most so many pages of each kv head; 0: without one."""
+        kv_heads, pages = self.pages.shape[:2]
+        bank_pages = min(bank_pages, pages)
+        if not bank_pages:
+            return replace(self, bank=None)
+        unused = jnp.full((kv_heads, pages), -1, jnp.int32), jnp.full((kv_heads, bank_pages), -1, jnp.int32)
+        return replace(self, bank=Bank(jnp.zeros((kv_heads, bank_pages, *self.pages.shape[2:]), self.pages.dtype), *unused))
 
     def typed(self) -> HostHistory:
         """The same arrays; inside a program, where JAX takes an argument for device memory, the pages typed as what they are."""
@@ -92,10 +96,22 @@ class HostHistory(Paged):
 
 
 def put_on_host(array: Array) -> Array:
-    """Move an array into pinned host memory; on a CPU it is there already."""
-    if jax.default_backend() == "cpu":
+    """Move an array into pinned host memory, if it is elsewhere; on a CPU it is there already."""
+    if jax.default_backend() == "cpu" or is_host(array):
         return array
     return jax.device_put(array, jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host"))
+
+
+def put_on_device(array: Array) -> Array:
+    """The inverse of `put_on_host`."""
+    if jax.default_backend() == "cpu" or not is_host(array):
+        return array
+    return jax.device_put(array, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+
+
+def is_host(array: Array) -> bool:
+    """Whether an array, also one inside a program, lies in host memory apart from the device's."""
+    return jax.typeof(array).memory_space == jax.memory.Space.Host
 
 
 def as_host(array: Array) -> Array:

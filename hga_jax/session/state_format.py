@@ -21,8 +21,10 @@ from hga_jax.backend import AttentionBackend
 from hga_jax.blocks import LayerState
 from hga_jax.cache import DeviceHistory, HostHistory
 from hga_jax.cache.disk import PAGES, REQUESTS, ArraySpec
+from hga_jax.cache.host import is_host
 from hga_jax.cache.window import window_places
 from hga_jax.config import HGAConfig, ModelConfig
+from pallas_kernels.host_rows import copy_rows
 from pallas_kernels.routed_decode_attention import copy_pages
 
 CHUNKS_A_BLOCK = 16  # 1024 tokens: 2 MB a layer of Qwen3-30B; what a turn rewrites at most
@@ -121,8 +123,14 @@ def _pages(history: Any, first: Int[Array, ""], *, pages: int) -> Float[Array, "
 
 @partial(jax.jit, static_argnames=("chunks", "per_chunk"))
 def _summaries(summaries: Any, first: Int[Array, ""], *, chunks: int, per_chunk: tuple[int, ...]) -> list[Array]:
-    leaves = zip(jax.tree.leaves(summaries), per_chunk, strict=True)
-    return [lax.dynamic_slice_in_dim(leaf, first * entries, chunks * entries, axis=1) for leaf, entries in leaves]
+    def rows(leaf: Array, entries: int) -> Array:
+        first_row, count = first * entries, chunks * entries
+        if is_host(leaf):
+            empty = jnp.zeros((leaf.shape[0], count, *leaf.shape[2:]), leaf.dtype)
+            return copy_rows(empty, leaf, target_row=jnp.int32(0), source_row=first_row, count=count)
+        return lax.dynamic_slice_in_dim(leaf, first_row, count, axis=1)
+
+    return [rows(leaf, entries) for leaf, entries in zip(jax.tree.leaves(summaries), per_chunk, strict=True)]
 
 
 def take_pages(form: StateFormat, layer: int, state: Any, first: int) -> Any:
@@ -172,7 +180,7 @@ def with_memory(form: StateFormat, state: Any, length: int, summaries: list[np.n
     if not isinstance(state, LayerState):
         return state
     leaves, tree = jax.tree.flatten(state.summaries)
-    filled = jax.tree.unflatten(tree, [jnp.array(data, leaf.dtype) for data, leaf in zip(summaries, leaves, strict=True)])
+    filled = [_like(leaf, data) for data, leaf in zip(summaries, leaves, strict=True)]
     stamps = state.stamps
     if form.note is not None and notes is not None:
         known = np.full(stamps.shape, -2, np.int32)
@@ -180,4 +188,11 @@ def with_memory(form: StateFormat, state: Any, length: int, summaries: list[np.n
         lately = notes[:, :count].astype(np.int32)
         known[:, :count] = np.where(lately > 0, length // form.chunk_size - 2 + lately, -2)
         stamps = jnp.array(known)
-    return replace(state, summaries=filled, stamps=stamps)
+    return replace(state, summaries=jax.tree.unflatten(tree, filled), stamps=stamps)
+
+
+def _like(array: Array, data: np.ndarray) -> Array:
+    """The data in the dtype and the memory of an array."""
+    if not is_host(array):
+        return jnp.array(data, array.dtype)
+    return jax.device_put(data.astype(array.dtype), array.sharding)
