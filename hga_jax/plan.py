@@ -193,7 +193,7 @@ def activation_bytes(config: ModelConfig, ctx: int, width: int, tokens: int, hga
     Attention: input, normalised input, float32 products of q, k, v, the same turned, outputs. Expert MLP: a row of F and one of D for each
     token and chosen expert (see pallas_kernels.moe_prefill), input, normalised input, output. Beside them, unless attention is dense (`hga`
     None), what routing makes for a layer: the history's keys as their sketches remember them, page means, page lists, and a byte a block
-    and page in up to six tables.
+    and page in up to six tables; where all sketches are scanned, the keys in 8 bits as well.
     """
     size, hidden = padded_size(ctx, SEGMENT, SUPER_BLOCK), config.hidden_size
     heads = (config.heads + 2 * config.kv_heads) * config.head_dim
@@ -204,7 +204,8 @@ def activation_bytes(config: ModelConfig, ctx: int, width: int, tokens: int, hga
     routing = 0
     if hga is not None:
         blocks, pages = tokens // hga.chunk_size + 1, ctx // hga.group_size
-        routing = config.kv_heads * ((ctx + pages) * config.head_dim * width + blocks * (3 * hga.page_capacity * 8 + 6 * pages))
+        key = config.head_dim * (width if hga.screened(ctx) else width + 1)
+        routing = config.kv_heads * (ctx * key + pages * config.head_dim * width + blocks * (3 * hga.page_capacity * 8 + 6 * pages))
     return size * hidden * width + max(attention, mlp) + routing + 2 * config.vocab_size * 4
 
 

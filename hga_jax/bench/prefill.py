@@ -25,9 +25,10 @@ from hga_jax.config import HGAConfig
 from hga_jax.policies import policy_for
 
 PARTS = {  # of kernel names, in order of preference, and the part of the work they belong to
-    "probe_mass": "window mass and screening",
-    "probe_requests": "full scan for requests",
+    "scan_requests": "full scan for requests",
+    "probe_mass": "screening",
     "refine_candidates": "refinement",
+    "unsketch": "page keys",
     "listed_mass": "statistics",
     "prefill_page_lists": "lists",
     "routed_prefill_attention": "attention",

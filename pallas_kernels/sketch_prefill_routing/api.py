@@ -35,8 +35,8 @@ class PageLists(NamedTuple):
 class _Steps:
     """One implementation of each step."""
 
+    scan: Any
     probe_mass: Any
-    probe_requests: Any
     refine: Any
     listed_mass: Any
     page_lists: Any
@@ -44,10 +44,10 @@ class _Steps:
 
 def _steps(implementation: str, config: Config, interpret: bool) -> _Steps:
     if implementation == "xla":
-        return _Steps(xla.probe_mass, xla.probe_requests, xla.refine, xla.listed_mass, xla.page_lists)
+        return _Steps(xla.scan, xla.probe_mass, xla.refine, xla.listed_mass, xla.page_lists)
     if implementation != "pallas":
         raise ValueError(f"{implementation=}: choose pallas or xla")
-    functions = (kernel.probe_mass, kernel.probe_requests, kernel.refine, kernel.listed_mass, lists.page_lists)
+    functions = (kernel.scan, kernel.probe_mass, kernel.refine, kernel.listed_mass, lists.page_lists)
     return _Steps(*(partial(function, config=config, interpret=interpret) for function in functions))
 
 
@@ -84,14 +84,11 @@ def route(
     capacity = min(capacity, stamps.shape[1])
     if screen is None:
         rule, vectors, spreads = replace(rule, stride=1), keys.tokens, None
+        window, mass, first = steps.scan(query, bounds, pages, keys, threshold=threshold, rule=rule)
     else:
         rule = replace(rule, stride=screen.stride, spread=screen.spread)
         vectors, spreads = keys.means, keys.spreads
-    share = None if screen is None else threshold * screen.margin
-    window, mass, wide = steps.probe_mass(query, bounds, pages, vectors, spreads, threshold=share, rule=rule)
-    if screen is None:
-        first = steps.probe_requests(query, bounds, vectors, mass, threshold=threshold, rule=rule)
-    else:
+        window, mass, wide = steps.probe_mass(query, bounds, pages, vectors, spreads, threshold=threshold * screen.margin, rule=rule)
         never = jnp.full_like(stamps, -2)
         *candidates, counts = steps.page_lists(wide, never, bounds, capacity=min(screen.capacity, stamps.shape[1]), rule=rule)
         asking = replace(rule, stride=screen.request_stride)

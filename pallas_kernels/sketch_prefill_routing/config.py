@@ -91,12 +91,16 @@ class Tile:
 @dataclass(frozen=True)
 class Config:
     """rows: (query, head) rows of one program, at most. means, tokens: how pages are scored by their mean, and by their tokens.
-    list_pages, list_warps: pages that the list kernel looks at in one step, and its warps.
+    rough: how a scan by 8-bit products scores one page of each of as many chunks. candidates: pages of one program that may be scored again
+    by their tokens; where more might be asked for, all are. list_pages, list_warps: pages that the list kernel looks at in one step, and
+    its warps.
     """
 
     rows: int = 128
     means: Tile = Tile(64, 4, 2)
     tokens: Tile = Tile(64, 8, 3)
+    rough: Tile = Tile(32, 8, 3)
+    candidates: int = 512
     list_pages: int = 4096
     list_warps: int = 8
 
@@ -104,6 +108,8 @@ class Config:
         for name in ("rows", "list_pages", "list_warps"):
             if not power_of_two(getattr(self, name)):
                 raise ValueError(f"{name}={getattr(self, name)} must be a power of two")
+        if self.candidates < 1:
+            raise ValueError(f"candidates={self.candidates} must be positive")
         if self.rows < 16:
             raise ValueError(f"rows={self.rows} must be at least 16: the smallest matmul of the tensor cores")
 

@@ -20,11 +20,15 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.indexing import outer, span
 from pallas_kernels.limits import check_offsets, power_of_two
-from pallas_kernels.sketch_prefill_routing.config import Config, Rule
+from pallas_kernels.sketch_prefill_routing.config import Config, Rule, Tile
 from pallas_kernels.sketch_prefill_routing.keys import PageKeys
+from pallas_kernels.sketch_prefill_routing.sketches import TINY
 
 LOG2E = math.log2(math.e)
 LOWEST = -1e30  # in place of -inf where differences are taken
+# Rounding of an 8-bit product, times the root of the head dimension: five standard deviations. Integers of a rotated row have a root mean
+# square of about 42 (the largest of 128 Gaussian numbers lies 3 away), of a page's residuals 84, and each is rounded with 0.29.
+ROUNDING = 136
 
 
 def unsupported(query: Any, pages: Any, chunk_size: int, group_size: int) -> str | None:
@@ -161,35 +165,34 @@ def _mass_kernel(
     bounds_ref,  # [2] i32: position of query row 0, live rows
     query_ref,  # [T, N, H]
     pages_ref,  # [K, P, 2, g, H] exact keys and values
-    keys_ref,  # [K, parts, P, H] what pages are scored by
-    *refs,  # spreads [K, P] f32 (if pages are means), then out f32 [K, B, rows] twice [and first [K, B, tiles, P]]
+    means_ref,  # [K, 1, P, H]
+    spreads_ref,  # [K, P] f32
+    window_ref,  # [K, B, rows] f32 out
+    mass_ref,  # [K, B, rows] f32 out
+    first_ref,  # [K, B, tiles, P] out
+    *,
     ratio: int,
     size: int,
-    threshold: float | None,
+    threshold: float,
     rule: Rule,
     tile_pages: int,
     interpret: bool,
 ):
-    """With a threshold: also the first row for which a page reaches that share of the windows' mass."""
-    outs = 2 if threshold is None else 3
-    spreads_ref = refs[0] if len(refs) > outs else None
-    window_ref, mass_ref = refs[-outs:][:2]
     tile, block, k = pl.program_id(0), pl.num_programs(1) - 1 - pl.program_id(1), pl.program_id(2)
     probes = _probes(tile, block, k, bounds_ref, query_ref, ratio, size, rule)
 
     @pl.when(probes.block_live)
     def _():
         windows = _windows(probes, pages_ref, k, size, rule, interpret)
-        bound = jnp.where(probes.live, _log2(windows) + math.log2(threshold or 1.0), jnp.inf)
+        bound = jnp.where(probes.live, _log2(windows) + math.log2(threshold), jnp.inf)
         norm = _norm(probes, spreads_ref, rule)
         first, end = _middle(probes.own_chunk, rule)
 
         def middle(i: Any, carry: tuple) -> tuple:
             page = span(first + i * tile_pages, tile_pages)
-            scores = _page_scores(probes, keys_ref, spreads_ref, norm, k, page, page < end, rule)
-            if threshold is not None:
-                rows = _first_rows(scores, bound, None, probes, rule.chunk_size)
-                plgpu.store(refs[-1].at[outer(k, block, tile, page)], rows.astype(refs[-1].dtype), mask=page < end)
+            scores = _page_scores(probes, means_ref, spreads_ref, norm, k, page, page < end, rule)
+            rows = _first_rows(scores, bound, None, probes, rule.chunk_size)
+            plgpu.store(first_ref.at[outer(k, block, tile, page)], rows.astype(first_ref.dtype), mask=page < end)
             return _add(carry, jnp.where((page < end)[None, :], scores, -jnp.inf), interpret)
 
         everything = lax.fori_loop(0, (end - first + tile_pages - 1) // tile_pages, middle, windows)
@@ -210,13 +213,12 @@ def _first_rows(scores: Array, bound: Array, allowed: Array | None, probes: _Pro
     return jnp.min(jnp.where(asking, probes.offset[:, None], none), axis=0)
 
 
-def _request_kernel(
+def _scan_kernel(
     bounds_ref,  # [2] i32: position of query row 0, live rows
     query_ref,  # [T, N, H]
-    keys_ref,  # [K, parts, P, H]
-    mass_ref,  # [K, B, rows] f32
-    first_ref,  # [K, B, tiles, P] out
-    *,
+    pages_ref,  # [K, P, 2, g, H] exact keys and values
+    keys_ref,  # [K, parts, P, H] tokens of pages
+    *refs,  # the fields of RoughKeys, if there are any (rotation: its transpose in two halves); the buffer of `first`; then out
     ratio: int,
     size: int,
     threshold: float,
@@ -224,22 +226,116 @@ def _request_kernel(
     tile_pages: int,
     interpret: bool,
 ):
-    del interpret
+    """Every page once, newest first: the mass, and which pages a row may ask for, judged by the mass met so far, which only grows. Those
+    are scored again once all of it is known; if they are more than there is room for, every page is.
+
+    out: window and mass [K, B, rows] f32, first [K, B, tiles, P], candidates [K, B, tiles, room] i32.
+    """
+    *rough_refs, _empty_ref, window_ref, mass_ref, first_ref, candidates_ref = refs
     tile, block, k = pl.program_id(0), pl.num_programs(1) - 1 - pl.program_id(1), pl.program_id(2)
     probes = _probes(tile, block, k, bounds_ref, query_ref, ratio, size, rule)
+    room = candidates_ref.shape[3]
 
     @pl.when(probes.block_live)
     def _():
-        bound = _bound(mass_ref, k, block, probes, threshold)
+        windows = _windows(probes, pages_ref, k, size, rule, interpret)
         first, end = _middle(probes.own_chunk, rule)
 
-        def step(i: Any, _: None) -> None:
-            page = span(first + i * tile_pages, tile_pages)
-            scores = _page_scores(probes, keys_ref, None, None, k, page, page < end, rule)
-            rows = _first_rows(scores, bound, None, probes, rule.chunk_size)
-            plgpu.store(first_ref.at[outer(k, block, tile, page)], rows.astype(first_ref.dtype), mask=page < end)
+        def bound(mass: tuple[Array, Array]) -> Array:
+            return jnp.where(probes.live, _log2(mass) + math.log2(threshold), jnp.inf)
 
-        lax.fori_loop(0, (end - first + tile_pages - 1) // tile_pages, step, None)
+        def look(page: Array, scores: Array, error: Array, carry: tuple) -> tuple:
+            """error: by how much a row's exact scores may exceed these."""
+            peak, total, found = carry
+            there = page >= first
+            peak, total = _add((peak, total), jnp.where(there[None, :], scores, -jnp.inf), interpret)
+            near = jnp.max((scores >= (bound((peak, total)) - error)[:, None]).astype(jnp.int32), axis=0) * there.astype(jnp.int32)
+            slot = found + jnp.cumsum(near, axis=0) - 1
+            put = (near > 0) & (slot < room)
+            plgpu.store(candidates_ref.at[outer(k, block, tile, jnp.where(put, slot, room))], page, mask=put)
+            return peak, total, found + jnp.sum(near)
+
+        def one(i: Any, carry: tuple) -> tuple:
+            if rough is None:
+                page = end - (i + 1) * tile_pages + span(0, tile_pages)
+                scores = _page_scores(probes, keys_ref, None, None, k, page, page >= first, rule)
+                return look(page, scores, jnp.zeros((size,), jnp.float32), carry)
+            return look(*_rough_scores(probes, *rough, *rough_refs[:-1], k, i, first, end, tile_pages, rule), carry)
+
+        rough = _eight_bits(probes.query, rough_refs[-1]) if rough_refs else None
+        steps = (end - first + tile_pages - 1) // tile_pages  # of pages, or of chunks, as many as a chunk has pages
+        if rough_refs:
+            steps = ((end - first) // rule.pages_per_chunk + tile_pages - 1) // tile_pages * rule.pages_per_chunk
+        peak, total, found = lax.fori_loop(0, steps, one, (*windows, jnp.int32(0)))
+        for ref, mass in ((window_ref, windows), (mass_ref, (peak, total))):
+            plgpu.store(ref.at[outer(k, block, probes.row)], _log2(mass) / LOG2E, mask=probes.inside)
+
+        if not interpret:
+            plgpu.debug_barrier()  # other threads read the candidates than wrote them
+        everything = found > room
+        wanted = jnp.where(everything, end - first, found)
+        final = bound((peak, total))
+
+        def request(i: Any, _: None) -> None:
+            slot = span(i * tile_pages, tile_pages)
+            there = slot < wanted
+            listed = plgpu.load(candidates_ref.at[outer(k, block, tile, slot)], mask=there & (slot < room), other=0)
+            page = jnp.where(everything, first + slot, listed)
+            scores = _page_scores(probes, keys_ref, None, None, k, page, there, rule)
+            rows = _first_rows(scores, final, None, probes, rule.chunk_size)
+            page = jnp.where(there, page, first_ref.shape[3])
+            plgpu.store(first_ref.at[outer(k, block, tile, page)], rows.astype(first_ref.dtype), mask=there)
+
+        lax.fori_loop(0, (wanted + tile_pages - 1) // tile_pages, request, None)
+
+
+def _rough_scores(
+    probes: _Probes,
+    row: Array,
+    unit: Array,
+    residuals_ref: Any,
+    steps_ref: Any,
+    centres_ref: Any,
+    k: Any,
+    i: Any,
+    first: Any,
+    end: Any,
+    tile_chunks: int,
+    rule: Rule,
+) -> tuple[Array, Array, Array]:
+    """Pages, scores by 8-bit products and how much those may be off, of the pages at one place of neighbouring chunks."""
+    head_dim, per_chunk = residuals_ref.shape[3], rule.pages_per_chunk
+    dim = span(0, pl.next_power_of_2(head_dim))
+    turn = i // per_chunk
+    place = i - turn * per_chunk
+    chunk = end // per_chunk - (turn + 1) * tile_chunks + span(0, tile_chunks)
+    page = chunk * per_chunk + place
+    there = page >= first
+    mask = there[:, None] & (dim < head_dim)[None, :]
+
+    def products(part: Any) -> Array:
+        keys = plgpu.load(residuals_ref.at[outer(k, place * rule.group_size + part, chunk, dim)], mask=mask, other=0)
+        return lax.dot_general(row, keys, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+
+    best = lax.fori_loop(1, rule.group_size, lambda part, best: jnp.maximum(best, products(part)), products(0))
+    step = plgpu.load(steps_ref.at[outer(k, page)], mask=there, other=0) * (rule.scale * LOG2E)
+    centre = _dot(probes.query, plgpu.load(centres_ref.at[outer(k, chunk, dim)], mask=mask, other=0)) * (rule.scale * LOG2E)
+    scores = centre + best.astype(jnp.float32) * (unit[:, None] * step[None, :])
+    return page, scores, (ROUNDING * math.sqrt(head_dim)) * unit * jnp.max(step)
+
+
+def _eight_bits(query: Array, rotation_ref: Any) -> tuple[Array, Array]:
+    """Rows of the rotated query as 8-bit integers, and what one is worth in each row."""
+    head_dim = rotation_ref.shape[1]
+    dim = span(0, query.shape[1])
+    mask = (dim < head_dim)[:, None] & (dim < head_dim)[None, :]
+
+    def product(half: int) -> Array:
+        return _dot(query, plgpu.load(rotation_ref.at[outer(half, dim, dim)], mask=mask, other=0))
+
+    rotated = product(0) + product(1)
+    unit = jnp.maximum(jnp.max(jnp.abs(rotated), axis=1), TINY) / 127
+    return jnp.floor(rotated / unit[:, None] + 0.5).astype(jnp.int32).astype(jnp.int8), unit
 
 
 def _refine_kernel(
@@ -349,6 +445,7 @@ def _call(
     config: Config,
     interpret: bool,
     aliases: dict[int, int] | None = None,
+    tile: Tile | None = None,
     **settings: Any,
 ) -> Any:
     """One launch of a scoring kernel; operands that are None are left out. The first two are bounds and query. parts: vectors a page."""
@@ -356,7 +453,7 @@ def _call(
     check_offsets(**{f"operand {i}": x for i, x in enumerate((*operands, *jax.tree.leaves(shapes)))})
     query, ratio = operands[1], settings["ratio"]
     tiles, size = row_tiles(rule, ratio, config)
-    tile = config.tile(parts)
+    tile = tile or config.tile(parts)
     return pl.pallas_call(
         partial(kernel, size=size, rule=rule, tile_pages=tile.pages, interpret=interpret, **settings),
         grid=(tiles, rule.blocks(query.shape[0]), query.shape[1] // ratio),
@@ -374,50 +471,61 @@ def probe_mass(
     query: Float[Array, "T N H"],
     bounds: Int[Array, " 2"],
     pages: Float[Array, "K P 2 g H"],
-    keys: Float[Array, "K parts P H"],
-    spreads: Float[Array, "K P"] | None,
-    *,
-    threshold: float | None,
-    rule: Rule,
-    config: Config,
-    interpret: bool,
-) -> tuple[Float[Array, "K B r"], Float[Array, "K B r"], Int[Array, "K B tiles P"] | None]:
-    """Log of the summed exponentials of each probing row's exact window scores, and of those and all page scores together.
-
-    With a threshold also the first row of each chunk for which a page reaches that share of the windows' mass, by row tile; what lies
-    outside a block's routed middle is not written.
-    """
-    kv_heads, ratio = keys.shape[0], query.shape[1] // keys.shape[0]
-    tiles, _ = row_tiles(rule, ratio, config)
-    blocks = rule.blocks(query.shape[0])
-    mass = jax.ShapeDtypeStruct((kv_heads, blocks, rule.probes * ratio), jnp.float32)
-    shapes = [mass, mass]
-    if threshold is not None:
-        shapes.append(jax.ShapeDtypeStruct((kv_heads, blocks, tiles, keys.shape[2]), none_dtype(rule)))
-    operands = [bounds, query, pages, keys, spreads]
-    settings = {"ratio": ratio, "threshold": threshold}
-    out = _call(_mass_kernel, "probe_mass", shapes, operands, keys.shape[1], rule, config, interpret, **settings)
-    return (*out, None) if threshold is None else tuple(out)
-
-
-def probe_requests(
-    query: Float[Array, "T N H"],
-    bounds: Int[Array, " 2"],
-    keys: Float[Array, "K parts P H"],
-    mass: Float[Array, "K B r"],
+    means: Float[Array, "K 1 P H"],
+    spreads: Float[Array, "K P"],
     *,
     threshold: float,
     rule: Rule,
     config: Config,
     interpret: bool,
-) -> Int[Array, "K B tiles P"]:
-    """The first row of each chunk that asks for a page, by row tile; what lies outside a block's routed middle is not written."""
-    ratio = query.shape[1] // keys.shape[0]
+) -> tuple[Float[Array, "K B r"], Float[Array, "K B r"], Int[Array, "K B tiles P"]]:
+    """Log of the summed exponentials of each probing row's exact window scores, and of those and all pages by means and spreads together;
+    and the first row of each chunk for which a page reaches `threshold` of the windows' mass, by row tile. What lies outside a block's
+    routed middle is not written.
+    """
+    ratio = query.shape[1] // means.shape[0]
     tiles, _ = row_tiles(rule, ratio, config)
-    shape = jax.ShapeDtypeStruct((*mass.shape[:2], tiles, keys.shape[2]), none_dtype(rule))
-    operands = [bounds, query, keys, mass]
+    blocks = rule.blocks(query.shape[0])
+    mass = jax.ShapeDtypeStruct((means.shape[0], blocks, rule.probes * ratio), jnp.float32)
+    shapes = [mass, mass, jax.ShapeDtypeStruct((*mass.shape[:2], tiles, means.shape[2]), none_dtype(rule))]
+    operands = [bounds, query, pages, means, spreads]
     settings = {"ratio": ratio, "threshold": threshold}
-    return _call(_request_kernel, "probe_requests", shape, operands, keys.shape[1], rule, config, interpret, **settings)
+    return tuple(_call(_mass_kernel, "probe_mass", shapes, operands, means.shape[1], rule, config, interpret, **settings))
+
+
+def _halves(matrix: Float[Array, "n m"], dtype: Any) -> Float[Array, "2 n m"]:
+    """Two matrices of a narrower dtype that add up to it."""
+    high = matrix.astype(dtype)
+    return jnp.stack([high, (matrix - high.astype(jnp.float32)).astype(dtype)])
+
+
+def scan(
+    query: Float[Array, "T N H"],
+    bounds: Int[Array, " 2"],
+    pages: Float[Array, "K P 2 g H"],
+    keys: PageKeys,
+    *,
+    threshold: float,
+    rule: Rule,
+    config: Config,
+    interpret: bool,
+) -> tuple[Float[Array, "K B r"], Float[Array, "K B r"], Int[Array, "K B tiles P"]]:
+    """Log of the summed exponentials of each row's exact window scores, and of those and all page scores together; and the first row of
+    each chunk that asks for a page, by row tile, chunk_size for nobody.
+    """
+    kv_heads, ratio = keys.tokens.shape[0], query.shape[1] // keys.tokens.shape[0]
+    tiles, _ = row_tiles(rule, ratio, config)
+    blocks = rule.blocks(query.shape[0])
+    mass = jax.ShapeDtypeStruct((kv_heads, blocks, rule.probes * ratio), jnp.float32)
+    empty = jnp.full((kv_heads, blocks, tiles, keys.tokens.shape[2]), rule.chunk_size, none_dtype(rule))
+    candidates = jax.ShapeDtypeStruct((*empty.shape[:3], min(config.candidates, empty.shape[3])), jnp.int32)
+    shapes = [mass, mass, jax.ShapeDtypeStruct(empty.shape, empty.dtype), candidates]
+    rough = () if keys.rough is None else (*keys.rough[:-1], _halves(keys.rough.rotation.T, query.dtype))
+    operands = [bounds, query, pages, keys.tokens, *rough, empty]
+    tile = config.tokens if keys.rough is None else config.rough
+    settings = {"ratio": ratio, "threshold": threshold, "aliases": {len(operands) - 1: 2}, "tile": tile}
+    out = _call(_scan_kernel, "scan_requests", shapes, operands, keys.tokens.shape[1], rule, config, interpret, **settings)
+    return tuple(out[:3])
 
 
 def refine(
@@ -442,7 +550,7 @@ def refine(
     ratio = query.shape[1] // keys.tokens.shape[0]
     tiles, _ = row_tiles(rule, ratio, config)
     empty = jnp.full((*counts.shape, tiles, keys.tokens.shape[2]), rule.chunk_size, none_dtype(rule))
-    operands = [bounds, query, pages, *keys, ids, since, counts, empty]
+    operands = [bounds, query, pages, keys.tokens, keys.means, keys.spreads, ids, since, counts, empty]
     shape = jax.ShapeDtypeStruct(empty.shape, empty.dtype)
     settings = {"ratio": ratio, "threshold": threshold, "aliases": {9: 0}}
     return _call(_refine_kernel, "refine_candidates", shape, operands, keys.tokens.shape[1], rule, config, interpret, **settings)

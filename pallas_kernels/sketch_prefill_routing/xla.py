@@ -10,7 +10,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.sketch_prefill_routing.config import Rule
-from pallas_kernels.sketch_prefill_routing.keys import PageKeys
+from pallas_kernels.sketch_prefill_routing.keys import PageKeys, RoughKeys
+from pallas_kernels.sketch_prefill_routing.sketches import TINY
 
 
 def _rows(query: Float[Array, "T N H"], bounds: Int[Array, " 2"], block: Int[Array, ""], kv_heads: int, rule: Rule):
@@ -63,26 +64,47 @@ def _window_mass(
     return jax.nn.logsumexp(jnp.where(seen, _products(rows, near) * rule.scale, -jnp.inf), axis=-1)
 
 
-def probe_mass(
-    query, bounds, pages, keys, spreads, *, threshold: float | None, rule: Rule
-) -> tuple[Float[Array, "K B r"], Float[Array, "K B r"], Int[Array, "K B 1 P"] | None]:
-    """See kernel.probe_mass."""
-    kv_heads, count = pages.shape[0], pages.shape[1]
+def _masses(query, bounds, pages, scores_of, rule: Rule) -> tuple[Float[Array, "K B r"], Float[Array, "K B r"]]:
+    """Of the windows, and of those and all pages of the routed middle. scores_of: rows -> scores of all pages."""
+    kv_heads, count = pages.shape[:2]
 
     def one(block: Int[Array, ""]) -> tuple[Array, Array]:
         rows, position, _, _ = _rows(query, bounds, block, kv_heads, rule)
         window = _window_mass(rows, position, bounds, block, pages, rule)
-        scores = jnp.where(middle(bounds, block, count, rule), _page_scores(rows, keys, spreads, rule), -jnp.inf)
+        scores = jnp.where(middle(bounds, block, count, rule), scores_of(rows), -jnp.inf)
         return window, jnp.logaddexp(window, jax.nn.logsumexp(scores, axis=-1))
 
     window, mass = lax.map(one, jnp.arange(rule.blocks(query.shape[0])))
-    window, mass = window.swapaxes(0, 1), mass.swapaxes(0, 1)
-    return window, mass, None if threshold is None else _requests(query, bounds, keys, spreads, window, threshold, rule)
+    return window.swapaxes(0, 1), mass.swapaxes(0, 1)
 
 
-def probe_requests(query, bounds, keys, mass, *, threshold: float, rule: Rule) -> Int[Array, "K B 1 P"]:
-    """See kernel.probe_requests; everything is written."""
-    return _requests(query, bounds, keys, None, mass, threshold, rule)
+def scan(query, bounds, pages, keys: PageKeys, *, threshold: float, rule: Rule):
+    """See kernel.scan; everything is written."""
+
+    def scores_of(rows: Array) -> Array:
+        return _page_scores(rows, keys.tokens, None, rule) if keys.rough is None else _rough_scores(rows, keys.rough, rule)
+
+    window, mass = _masses(query, bounds, pages, scores_of, rule)
+    return window, mass, _requests(query, bounds, keys.tokens, None, mass, threshold, rule)
+
+
+def _rough_scores(rows: Float[Array, "K r H"], keys: RoughKeys, rule: Rule) -> Float[Array, "K r P"]:
+    """Products of 8-bit integers, exact in float32."""
+    turned = jnp.einsum("krh,hi->kri", rows.astype(jnp.float32), keys.rotation, precision=lax.Precision.HIGHEST)
+    unit = jnp.maximum(jnp.abs(turned).max(-1), TINY) / 127
+    whole = jnp.floor(turned / unit[..., None] + 0.5)
+    kv_heads, _, chunks, head_dim = keys.residuals.shape
+    of_pages = keys.residuals.reshape(kv_heads, -1, rule.group_size, chunks, head_dim).astype(jnp.float32)
+    best = jnp.einsum("krh,kjgch->krcjg", whole, of_pages, precision=lax.Precision.HIGHEST).max(-1)
+    worth = unit[:, :, None] * keys.steps[:, None]
+    centre = jnp.repeat(_products(rows, keys.centres), rule.pages_per_chunk, axis=2)
+    return (centre + best.reshape(worth.shape) * worth) * rule.scale
+
+
+def probe_mass(query, bounds, pages, means, spreads, *, threshold: float, rule: Rule):
+    """See kernel.probe_mass; everything is written."""
+    window, mass = _masses(query, bounds, pages, lambda rows: _page_scores(rows, means, spreads, rule), rule)
+    return window, mass, _requests(query, bounds, means, spreads, window, threshold, rule)
 
 
 def _requests(query, bounds, keys, spreads, mass, threshold: float, rule: Rule) -> Int[Array, "K B 1 P"]:
