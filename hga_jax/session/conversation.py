@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Int
 
-from hga_jax import programs
 from hga_jax.backend import AttentionBackend
 from hga_jax.cache.disk import BlockStore, StoreError
 from hga_jax.config import HGAConfig
@@ -262,8 +261,7 @@ class Session:
     def _load(self, stored: Stored, ctx: int) -> tuple[Any, ...]:
         if self._disk is not None:
             return self._disk.load(stored)
-        empty = programs.new_states(self.model.params, self._placed, ctx, self.model.dtype)
-        return load_states(self.blocks, self.form, stored, empty)
+        return load_states(self.blocks, self.form, stored, self._placed, ctx)
 
     def _drop_recorder(self) -> None:
         if self._recorder is not None:
