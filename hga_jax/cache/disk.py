@@ -101,7 +101,7 @@ def unsealed(path: Path, kind: str, version: int) -> dict[str, Any]:
         raise StoreError(f"{path} is damaged: its checksum does not match")
     found = data.get("format"), data.get("version")
     if found != (kind, version):
-        raise StoreError(f"{path} is {found[0]!r} version {found[1]}, and this program reads {kind!r} version {version}: delete it and begin anew")
+        raise StoreError(f"{path} is {found[0]!r} version {found[1]}, and this program reads version {version}: delete it and begin anew")
     return data
 
 
@@ -174,18 +174,18 @@ class BlockStore:
         return _open(self.folder(header.parent, header.id) / name, header.arrays[name], self.context, create=False)
 
     def read_pieces(
-        self, header: Header, layer: int, heads: Int[np.ndarray, " n"], first_pages: Int[np.ndarray, " n"], piece_pages: int, sums: np.ndarray
+        self, header: Header, layer: int, heads: Int[np.ndarray, " n"], pages: Int[np.ndarray, " n"], piece_pages: int, sums: np.ndarray
     ) -> Callable[[], np.ndarray]:
-        """Start reading pieces of `piece_pages` neighbouring pages of some kv heads; call the result for them, [n, piece_pages, 2, g, H].
+        """Start reading pieces of `piece_pages` neighbouring pages; call the result for them, [n, piece_pages, 2, g, H].
 
-        sums: CRC-32 of each. The call raises StoreError when one is damaged.
+        heads, pages: kv head and first page of each, sums: its CRC-32. The call raises StoreError when one is damaged.
         """
         spec = header.arrays[PAGES]
         page_bytes = int(np.prod(spec.shape[3:])) * np.dtype(spec.dtype).itemsize
         size = piece_pages * page_bytes
         name = f"{PAGES}/{_file_name(layer, len(spec.shape))}"
         path = self.folder(header.parent, header.id) / name
-        begins = (heads.astype(np.int64) * spec.shape[2] + first_pages) * page_bytes
+        begins = (heads.astype(np.int64) * spec.shape[2] + pages) * page_bytes
         key = f"{header.parent}/{header.id}/{name}"
         reads = [self._files.read(key, byte_range=slice(begin, begin + size)) for begin in begins.tolist()]
 
@@ -309,10 +309,9 @@ def _digest(data: dict[str, Any]) -> str:
 
 
 def piece_sums(pages: Any, piece_pages: int) -> UInt32[np.ndarray, "K pieces"]:
-    """CRC-32 of each kv head's pages, `piece_pages` at a time: [K, pages, 2, g, H] -> uint32 [K, pieces]."""
+    """CRC-32 of each kv head's pages (contiguous), `piece_pages` at a time: [K, pages, 2, g, H] -> uint32 [K, pieces]."""
     starts = range(0, pages.shape[1], piece_pages)
-    data = pages if pages.flags.c_contiguous else np.ascontiguousarray(pages)
-    data = data.view(np.uint8).reshape(*pages.shape[:2], -1)
+    data = pages.view(np.uint8)
     return np.array([[zlib.crc32(head[start : start + piece_pages]) for start in starts] for head in data], np.uint32)
 
 

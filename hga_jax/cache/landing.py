@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Num
+from jaxtyping import Array
 
 from hga_jax.cache.host import put_on_host
 
@@ -25,7 +25,7 @@ logger = logging.getLogger("hga_jax")
 class Room(NamedTuple):
     """data: to be filled. array: the pinned array whose memory it is; None where there is none."""
 
-    data: Num[np.ndarray, "..."]
+    data: np.ndarray
     array: Array | None
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 from jaxtyping import Int
 
@@ -137,7 +139,9 @@ class Session:
         if len(ids) >= ctx:
             raise ValueError(f"the conversation has {len(ids)} tokens and {ctx=} leaves no room for an answer: raise --ctx")
         self._check_context(min(wanted, ctx))
-        start = self._start(ids, ctx)
+        begin = time.perf_counter()
+        start = jax.block_until_ready(self._start(ids, ctx))
+        load_seconds = time.perf_counter() - begin
         read_before = 0 if self._disk is None else self._disk.cache.counters.bytes_read
         self._states = None  # consumed: if the turn fails, the next one reads the disk
         run = Generation(self.model, self._placed, ids, self._capacity, sampling, seed, stop, start, self._recorder, self._disk)
@@ -152,7 +156,7 @@ class Session:
         if messages is not None:
             messages = [*messages, {"role": "assistant", "content": result.text}]
         self._commit(held[: run.held], held[run.held :], messages)
-        result = replace(result, disk_history_bytes=0 if self._trouble else self._recorder.bytes_stored)
+        result = replace(result, disk_history_bytes=0 if self._trouble else self._recorder.bytes_stored, load_seconds=load_seconds)
         return result if self._disk is None else self._with_disk_figures(result, read_before)
 
     def _with_disk_figures(self, result: GenerateResult, read_before: int) -> GenerateResult:

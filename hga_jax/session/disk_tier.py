@@ -23,6 +23,7 @@ from hga_jax.blocks import LayerState, new_state
 from hga_jax.cache import DeviceHistory
 from hga_jax.cache.disk import BlockStore, Header, StoreError
 from hga_jax.cache.disk_history import DiskHistory
+from hga_jax.cache.host import as_host
 from hga_jax.cache.landing import Landing
 from hga_jax.cache.page_cache import PageCache
 from hga_jax.cache.window import place_of, window_places
@@ -55,6 +56,7 @@ class DiskTier:
         page = (2, form.group_size, form.head_dim)
         self.block_pages = form.pages(form.block_tokens)
         self.tail = np.zeros((form.layers, form.kv_heads, self.block_pages, *page), jnp.dtype(form.dtype))
+        self.fresh: dict[int, Array] = {}  # by layer, what prefill left for `tail`: on its way from the device, for nobody to wait for
         self.full = 0  # blocks that are complete, at the beginning of the chain
         self.sums: list[np.ndarray] = []  # checksums of the pieces of each of them
         self.chain: list[Header] = []
@@ -117,6 +119,8 @@ class DiskTier:
     ) -> tuple[Int[np.ndarray, " n"], int, tuple[LayerState, ...], Stats]:
         """As programs.decode_tokens, with the host between the layers."""
         self._catch_up(int(position))
+        for layer in list(self.fresh):
+            self.land(layer)
         out, total, held, stops = [], Stats.zero(), int(position), set(np.asarray(stop_ids).tolist())
         last = int(token)
         while len(out) < int(wanted) and not (out and last in stops):
@@ -188,7 +192,16 @@ class DiskTier:
 
     def _take_pages(self, form: StateFormat, layer: int, state: LayerState, first: int, blocks: int) -> Any:
         """The recorder's way to the pages of blocks: from the device in prefill, else (one block) from the open one."""
-        return take_pages(form, layer, state, first, blocks) if isinstance(state.history, DeviceHistory) else self.tail[layer].copy()
+        if isinstance(state.history, DeviceHistory):
+            return take_pages(form, layer, state, first, blocks)
+        self.land(layer)
+        return self.tail[layer].copy()
+
+    def land(self, layer: int) -> None:
+        """See to it that the open block's pages of a layer are in `tail`."""
+        pages = self.fresh.pop(layer, None)
+        if pages is not None:
+            self.tail[layer, :, : pages.shape[1]] = np.asarray(pages)
 
     def older_pages(self, layer: int, pages: int) -> Float[Array, "K n 2 g H"]:
         """The first pages of a layer, all of full blocks, on the device. Raises DamagedBlock."""
@@ -273,6 +286,7 @@ class _Home:
             if first:
                 buffer = _put_pages(buffer, tier.older_pages(self.layer, first), jnp.int32(0))
             count = min(tier.block_pages, buffer.shape[1] - first)
+            tier.land(self.layer)
             buffer = _put_pages(buffer, jnp.asarray(tier.tail[self.layer, :, :count]), jnp.int32(first))
         return replace(state, history=DeviceHistory(buffer, jnp.int32(held)))
 
@@ -281,7 +295,7 @@ class _Home:
         first = tier._tail_page(end)
         count = min(tier.block_pages, buffer.shape[1] - first)
         if count > 0:
-            tier.tail[self.layer, :, :count] = np.asarray(_cut_pages(buffer, jnp.int32(first), count=count))
+            tier.fresh[self.layer] = _cut_pages(buffer, jnp.int32(first), count=count)
         history = _window_of(state.history, buffer, jnp.int32(end), config=tier.config)
         return replace(worked, history=history), buffer
 
@@ -293,7 +307,7 @@ def _put_pages(buffer: Float[Array, "K P 2 g H"], pages: Float[Array, "K n 2 g H
 
 @partial(jax.jit, static_argnames="count")
 def _cut_pages(buffer: Float[Array, "K P 2 g H"], first: Int[Array, ""], *, count: int) -> Float[Array, "K n 2 g H"]:
-    return jax.lax.dynamic_slice_in_dim(buffer, first, count, axis=1)
+    return as_host(jax.lax.dynamic_slice_in_dim(buffer, first, count, axis=1))
 
 
 @partial(jax.jit, static_argnames="config")

@@ -13,7 +13,6 @@ import numpy as np
 from jaxtyping import Int
 
 from hga_jax.cache.disk import PAGES, PIECE_SUMS, REQUESTS, BlockStore, BlockWriter, Header, block_id, piece_sums
-from hga_jax.cache.host import put_on_host
 from hga_jax.session.reuse import Stored, load_notes
 from hga_jax.session.state_format import StateFormat, history_of, pack, take_pages, take_summaries
 from pallas_kernels.dispatch import on_cuda
@@ -222,7 +221,6 @@ class Recorder:
         self._budget.take(size)
         pages = self.take_pages(form, layer, state, first, len(blocks))
         summaries = take_summaries(form, state, first, len(blocks))
-        pages = put_on_host(pages) if isinstance(pages, jax.Array) else pages
         for part in summaries:
             part.copy_to_host_async()
 

@@ -100,7 +100,8 @@ class Memory:
 
     def __init__(self, store: BlockStore, form: StateFormat, stored: Stored, capacity: int):
         chunks = form.chunks(capacity)
-        self.summaries = [np.zeros((form.layers, form.kv_heads, chunks * n, *shape), jnp.dtype(dtype)) for n, shape, dtype in form.summaries]
+        shapes = [((form.layers, form.kv_heads, chunks * n, *shape), jnp.dtype(dtype)) for n, shape, dtype in form.summaries]
+        self.summaries = [np.zeros(*shape) for shape in shapes]
         reads = [(header, f"summaries.{i}") for i in range(len(form.summaries)) for header in stored.chain]
         opened = [_checked(store, header, name, store.open(header, name)) for header, name in reads]
         futures = []
