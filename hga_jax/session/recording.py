@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 from jaxtyping import Int
 
 from hga_jax.cache.disk import PAGES, PIECE_SUMS, REQUESTS, BlockStore, BlockWriter, Header, block_id, piece_sums
+from hga_jax.cache.host import put_on_host
 from hga_jax.session.reuse import Stored, load_notes
 from hga_jax.session.state_format import StateFormat, history_of, pack, take_pages, take_summaries
 from pallas_kernels.dispatch import on_cuda
@@ -22,6 +24,7 @@ SYNCERS = 4  # threads that wait until complete blocks are on disk
 SPAN = 16  # blocks of a layer that are copied from the device at a time, where there are so many: one launch, and copies at full speed
 CPU_SEGMENT = 256  # tokens: on a CPU no slower than larger segments
 SMALL_SEGMENT = 1024  # tokens: on a GPU some launches more, once or twice a prompt
+LEAVING = 8  # spans that may be held on the device until they have left it: with more, prefill could run out of memory far ahead of them
 IN_FLIGHT = 512 * 2**20  # bytes of pages on their way to the system's cache of files; more makes compute wait
 
 
@@ -113,6 +116,7 @@ class Recorder:
         self._budget = Budget(in_flight)
         self._pool, self._syncers = ThreadPoolExecutor(WRITERS, "hga-store"), ThreadPoolExecutor(SYNCERS, "hga-sync")
         self._tasks: list[Future] = []
+        self._leaving: deque[jax.Array] = deque()
         self._open: list[_Block] = []
 
     @property
@@ -198,6 +202,7 @@ class Recorder:
     def _wait(self) -> None:
         wait(self._tasks)
         self._tasks.clear()
+        self._leaving.clear()
 
     def close(self) -> None:
         for pool in (self._pool, self._syncers):  # in this order: what syncs waits for what writes
@@ -219,7 +224,12 @@ class Recorder:
         room = history_of(state).capacity - first
         size = form.kv_heads * form.pages(min(len(blocks) * form.block_tokens, room)) * form.page_bytes
         self._budget.take(size)
+        if len(self._leaving) == LEAVING:
+            self._leaving.popleft().block_until_ready()
         pages = self.take_pages(form, layer, state, first, len(blocks))
+        if isinstance(pages, jax.Array):  # a copy of its own on the way to the host: the device goes on computing
+            pages = put_on_host(pages)
+            self._leaving.append(pages)
         summaries = take_summaries(form, state, first, len(blocks))
         for part in summaries:
             part.copy_to_host_async()

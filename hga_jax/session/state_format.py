@@ -21,7 +21,7 @@ from hga_jax.backend import AttentionBackend
 from hga_jax.blocks import LayerState
 from hga_jax.cache import HostHistory
 from hga_jax.cache.disk import PAGES, PIECE_SUMS, REQUESTS, ArraySpec
-from hga_jax.cache.host import as_host, is_host, put_on_host
+from hga_jax.cache.host import is_host, put_on_host
 from hga_jax.cache.window import window_places
 from hga_jax.config import HGAConfig, ModelConfig
 from pallas_kernels.host_rows import copy_rows
@@ -120,12 +120,11 @@ def history_of(state: Any) -> Any:
 def _pages(history: Any, first: Int[Array, ""], *, pages: int) -> Float[Array, "K n 2 g H"]:
     if isinstance(history, HostHistory) and jax.default_backend() != "cpu":  # only kernels read host memory in place
         empty = jnp.zeros((history.kv_heads, pages, *history.pages.shape[2:]), history.pages.dtype)
-        copied = copy_pages(
+        return copy_pages(
             empty, history.typed().pages, target_page=jnp.int32(0), source_page=first, count=jnp.int32(pages), most=pages,
             implementation="pallas",
         )  # fmt: skip
-        return as_host(copied)
-    return as_host(lax.dynamic_slice_in_dim(history.pages, first, pages, axis=1))
+    return lax.dynamic_slice_in_dim(history.pages, first, pages, axis=1)
 
 
 @partial(jax.jit, static_argnames=("chunks", "per_chunk"))
@@ -141,10 +140,7 @@ def _summaries(summaries: Any, first: Int[Array, ""], *, chunks: int, per_chunk:
 
 
 def take_pages(form: StateFormat, layer: int, state: Any, first: int, blocks: int = 1) -> Any:
-    """A copy, in host memory, of the pages of some blocks from token `first` on, or what the history has room for.
-
-    Few programs serve all lengths. The copy leaves the device inside the program: nothing piles up there when the host is slow.
-    """
+    """A copy of the pages of some blocks from token `first` on, or what the history has room for: few programs serve all lengths."""
     history = history_of(state)
     return _pages(history, jnp.int32(first // form.group_size), pages=form.pages(min(blocks * form.block_tokens, history.capacity - first)))
 
