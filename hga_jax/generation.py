@@ -56,6 +56,7 @@ class GenerateResult:
     rope_scaling: str
     reused_tokens: int = 0
     disk_read_bytes_per_token: float | None = None
+    load_seconds: float = 0.0  # bringing the reused tokens back, before prefill
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from session_cases import CTX, HGA, prompt, tiny_model, turn, turns
 
+from hga_jax.cache.disk import StoreError
 from hga_jax.cache.page_cache import PageCache
 
 HISTORY_BYTES = CTX * 2 * 2 * 2 * 16 * 4  # layers, K and V, kv heads, head dim, float32
@@ -50,6 +51,26 @@ def test_run_without_a_session_leaves_nothing_behind(model, in_memory, tmp_path)
     assert result.tokens == in_memory[0][:12]
     assert result.disk_history_bytes > 0
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "lock"]
+
+
+def test_damage_to_a_single_page_is_named_when_it_is_read(model, in_memory, tmp_path):
+    """Pages read by byte ranges, past the file's own checksum: a flipped bit is found, and only by who reads its chunk."""
+    with model.session(tmp_path / "a", ctx=CTX, hga=HGA, kv_store=str(tmp_path), host_memory=0.0) as session:
+        assert turns(session, 1, 250, new=12) == in_memory[0]
+        cache, first = session._disk.cache, session._disk.chain[0]
+        damaged = tmp_path / "blocks" / first.parent / first.id / "pages" / "1.0.0.0.0.0"
+        heads, pages = np.array([0, 1, 1]), np.array([3, 4, 6])
+        before = cache.pages(1, heads, pages)
+        stored = np.frombuffer(damaged.read_bytes()[:-4], np.float32).reshape(2, 32, 2, 4, 16)  # its own checksum is at the end
+        np.testing.assert_array_equal(before, stored[heads, pages])
+        data = bytearray(damaged.read_bytes())
+        data[5 * 2 * 4 * 16 * 4 + 100] ^= 4  # page 5 of head 0
+        damaged.write_bytes(data)
+        np.testing.assert_array_equal(cache.pages(1, heads, pages), before)
+        with pytest.raises(StoreError, match=f"{damaged} is damaged: a checksum does not match"):
+            cache.pages(1, np.array([0]), np.array([4]))
+        with pytest.raises(StoreError, match=r"pages is damaged"):
+            turn(session, 2, 20)
 
 
 def test_dense_attention_cannot_live_on_disk(model, tmp_path):

@@ -76,6 +76,34 @@ def test_real_model_goes_on_with_the_same_logits(tmp_path, monkeypatch):
     assert_same_states(restored, states)
 
 
+def test_blocks_are_copied_one_or_several_at_a_time(model, tmp_path, monkeypatch):
+    """A prompt of three blocks and a bit, two of them copied together: another session goes on with all three."""
+    monkeypatch.setattr(recording, "SPAN", 2)
+    ids = prompt(5, 390)
+    expected = model.generate(ids, max_new_tokens=4, ctx=CTX, hga=HGA).tokens
+    with model.session(tmp_path / "a", ctx=CTX, hga=HGA) as session:
+        assert session.generate(ids, max_new_tokens=4).tokens == expected
+    assert command(["verify", str(tmp_path)]) == 0
+    with model.session(tmp_path / "b", ctx=CTX, hga=HGA) as session:
+        result = session.generate(ids, max_new_tokens=4)
+    assert result.reused_tokens == 384
+    assert result.tokens == expected
+
+
+@pytest.mark.parametrize("policy", ["sketch", "paper"])
+def test_history_in_host_memory_is_brought_back(model, tmp_path, policy):
+    settings = HGAConfig(**vars(HGA) | {"policy": policy, "top_chunks": 4, "top_groups": 8})
+    options = {"ctx": CTX, "hga": settings, "kv_store": "host"}
+    with model.session(tmp_path / "kept" / "a", **options) as session:
+        turn(session, 1, 121)
+        expected, states = turn(session, 2), session._states
+    with model.session(tmp_path / "closed" / "a", **options) as session:
+        turn(session, 1, 121)
+    with model.session(tmp_path / "closed" / "a", **options) as session:
+        assert turn(session, 2) == expected
+        assert_same_states(session._states, states)
+
+
 def test_dense_attention_is_stored_too(model, tmp_path):
     def open_session(name):
         return model.session(tmp_path / name, ctx=CTX, attention="dense")
@@ -248,6 +276,18 @@ def test_damage_is_refused_on_demand_and_found_by_verify(model, tmp_path, capsys
     with model.session(tmp_path / "a", ctx=CTX, hga=HGA) as session:
         turn(session, 2)
     assert command(["verify", str(tmp_path)]) == 0
+
+
+def test_another_format_is_refused_in_one_line(model, tmp_path):
+    with model.session(tmp_path / "a", ctx=CTX, hga=HGA) as session:
+        turn(session, 1)
+    path = tmp_path / "a" / "manifest.json"
+    data = {key: value for key, value in json.loads(path.read_text()).items() if key != "checksum"} | {"version": 1}
+    path.write_text(disk.sealed(data))
+    with pytest.raises(StoreError, match="version 1, and this program reads version 2: delete it and begin anew") as refusal:
+        model.session(tmp_path / "a", ctx=CTX, hga=HGA)
+    assert "\n" not in str(refusal.value)
+    assert command(["delete", str(tmp_path / "a")]) == 0
 
 
 def test_list_show_delete(model, tmp_path, capsys):

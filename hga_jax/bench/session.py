@@ -2,7 +2,8 @@
 
 python -m hga_jax.bench session disk --dir DIR                          write, read, random pages beside plain file I/O
 python -m hga_jax.bench session resume --dir DIR --shape qwen3-30b-a3b  random K/V of --tokens stored, then brought back
-python -m hga_jax.bench session run --dir DIR [--model M]               a prompt stored and not stored; decode with --share of it in memory
+python -m hga_jax.bench session run --dir DIR [--model M]               prefill while storing; first token after reopening; second question
+                                                                        about the same text; decoding with --share of the history in memory
 
 Files are dropped from the page cache before what is called cold. Compare the numbers with the plain ones of the same run: disks are shared.
 """
@@ -18,7 +19,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +26,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hga_jax import programs
 from hga_jax.attention import HGAAttention
 from hga_jax.bench.decode import SHAPES
-from hga_jax.cache.disk import PAGES, BlockStore, BlockWriter, block_id
+from hga_jax.cache.disk import PAGES, PIECE_SUMS, BlockStore, BlockWriter, block_id, piece_sums
 from hga_jax.config import HGAConfig, ModelConfig, RopeConfig
 from hga_jax.language_model import LanguageModel
 from hga_jax.loading import load_model
 from hga_jax.model import Decoder
 from hga_jax.session.recording import WRITERS
-from hga_jax.session.reuse import load_states, longest_stored, open_pages
+from hga_jax.session.reuse import StoredPages, load_states, longest_stored, read_sums
 from hga_jax.session.state_format import StateFormat
 
 GB = 1e9
 ROOT = "00" * 16
 THREADS = 16
+PARTS = ("prefill", "reopen", "question", "disk")
+QUESTION = 64  # tokens of a second question
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -51,8 +52,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=65536)
     parser.add_argument("--tier", choices=("device", "host"), default="host" if jax.default_backend() == "gpu" else "device")
     parser.add_argument("--model", help="run: checkpoint (default: random weights of --shape, without experts)")
+    parser.add_argument("--text", type=Path, help="run: a file whose beginning is the prompt (default: random tokens); needs --model")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
     parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--keep", action="store_true", help="resume: leave the stored history in --dir, for a second run")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="run: what to measure (reopen needs prefill)")
     parser.add_argument("--share", type=float, default=0.25, help="run: of the history that the page cache may hold")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
@@ -70,7 +74,8 @@ def main(arguments: list[str] | None = None) -> None:
 def random_blocks(form: StateFormat, store: BlockStore, staging: Path, tokens: np.ndarray) -> int:
     """Store random pages and zero summaries for these tokens, a few blocks at a time as a recorder does; bytes written."""
     generator = np.random.default_rng(0)
-    pool = generator.integers(0, 2**15, (form.kv_heads, form.pages(form.block_tokens), 2, form.group_size, form.head_dim + 64), np.uint16)
+    shape = (form.kv_heads, form.pages(form.block_tokens), 2, form.group_size, form.head_dim)
+    pages = [generator.integers(0, 2**15, shape, np.uint16).view(jnp.dtype(form.dtype)) for _ in range(8)]
     parents = [ROOT]
     for first in range(0, len(tokens), form.block_tokens):
         parents.append(block_id(parents[-1], tokens[first : first + form.block_tokens]))
@@ -81,11 +86,14 @@ def random_blocks(form: StateFormat, store: BlockStore, staging: Path, tokens: n
         specs = form.arrays(len(writer.tokens), first + len(writer.tokens), 1)
         for name, spec in specs.items():
             writer.create(name, spec)
-            if name != PAGES:
+            if name not in (PAGES, PIECE_SUMS):
                 writer.write(name, np.zeros(spec.shape, jnp.dtype(spec.dtype)))
+        sums = []
         for layer in range(form.layers):
-            data = np.ascontiguousarray(pool[..., layer % 64 : layer % 64 + form.head_dim]).view(jnp.dtype(form.dtype))
-            writer.write(PAGES, data[:, : specs[PAGES].shape[2]], layer)
+            data = pages[layer % len(pages)][:, : specs[PAGES].shape[2]]
+            writer.write(PAGES, data, layer)
+            sums.append(piece_sums(data, form.piece_pages))
+        writer.write(PIECE_SUMS, np.stack(sums))
         return writer.finish([first + len(writer.tokens)]).bytes
 
     with ThreadPoolExecutor(WRITERS) as pool_of_threads:
@@ -112,22 +120,24 @@ def drop_from_page_cache(files: Iterable[Path]) -> None:
         os.close(descriptor)
 
 
-def read_plainly(files: list[Path]) -> float:
-    """Seconds to read whole files with a few threads into memory that is there already."""
-    largest = max(path.stat().st_size for path in files)
+class PlainReader:
+    """Reads whole files side by side into one piece of memory that is there already, each to its own place: the ceiling."""
 
-    def read_some(mine: list[Path]) -> None:
-        room = np.empty(largest, np.uint8)
-        room[:] = 0  # touched, so that page faults are not timed
-        begins.append(time.perf_counter())
-        for path in mine:
-            with open(path, "rb", buffering=0) as file:
-                file.readinto(room)
+    def __init__(self, files: list[Path]):
+        self.files = files
+        self.places = np.cumsum([0, *(path.stat().st_size for path in files)])
+        self.memory = np.empty(self.places[-1], np.uint8)
+        self.memory[:] = 1  # touched, so that page faults are not timed
 
-    begins: list[float] = []
-    with ThreadPoolExecutor(THREADS) as pool:
-        list(pool.map(read_some, [files[i::THREADS] for i in range(THREADS)]))
-    return time.perf_counter() - min(begins)
+    def seconds(self) -> float:
+        begin = time.perf_counter()
+        with ThreadPoolExecutor(THREADS) as pool:
+            list(pool.map(self._read, range(len(self.files))))
+        return time.perf_counter() - begin
+
+    def _read(self, index: int) -> None:
+        with open(self.files[index], "rb", buffering=0) as file:
+            file.readinto(self.memory[self.places[index] : self.places[index + 1]])
 
 
 def write_plainly(directory: Path, size: int, count: int) -> float:
@@ -146,6 +156,10 @@ def write_plainly(directory: Path, size: int, count: int) -> float:
     return time.perf_counter() - begin
 
 
+def random_tokens(options: argparse.Namespace) -> np.ndarray:
+    return np.random.default_rng(2).integers(0, 256, options.tokens).astype(np.int32)
+
+
 def seconds(action: Callable[[], Any]) -> float:
     begin = time.perf_counter()
     jax.block_until_ready(action())
@@ -156,7 +170,7 @@ def stored_history(options: argparse.Namespace) -> tuple[BlockStore, StateFormat
     """Random history of the shape on disk, and how fast it was written."""
     config, backend, form = shape_form(options)
     store = BlockStore(options.dir)
-    tokens = np.random.default_rng(2).integers(0, 256, options.tokens).astype(np.int32)
+    tokens = random_tokens(options)
     size: list[int] = []
     spent = seconds(lambda: size.append(random_blocks(form, store, options.dir / "staging", tokens)))
     per_file = form.kv_heads * form.pages(form.block_tokens) * form.page_bytes
@@ -170,120 +184,198 @@ def stored_history(options: argparse.Namespace) -> tuple[BlockStore, StateFormat
 def bench_disk(options: argparse.Namespace) -> dict[str, Any]:
     """Sequential and random reading of stored pages beside plain file I/O."""
     store, form, _, _, tokens, report = stored_history(options)
-    files = [path for path in files_of(options.dir / "blocks") if path.parent.name == PAGES]
+    files = [path for path in files_of(options.dir / "blocks") if path.parent.name == PAGES and path.name != "zarr.json"]
     chain = longest_stored(store, form, ROOT, tokens, len(tokens)).chain
     total = sum(path.stat().st_size for path in files)
+    stored = StoredPages(store, form, chain, form.pages(len(tokens)))
+    layer_shape = (form.kv_heads, form.pages(len(tokens)), 2, form.group_size, form.head_dim)
+    places = [np.ones(layer_shape, jnp.dtype(form.dtype)) for _ in range(min(4, form.layers))]
+    plain = PlainReader(files)
 
     def read_all() -> None:
-        arrays = [open_pages(store, header) for header in chain]
+        reads = [stored.start(layer, places[layer]) for layer in range(len(places))]
         for layer in range(form.layers):
-            for future in [array[layer].read() for array in arrays]:
-                future.result()
+            stored.wait(layer, reads[layer])
+            if len(reads) < form.layers:
+                reads.append(stored.start(len(reads), places[layer % len(places)]))
 
     for name in ("cold", "warm"):
-        if name == "cold":
-            drop_from_page_cache(files)
-        report[f"read_{name}_gb_s"] = total / seconds(read_all) / GB
-        if name == "cold":
-            drop_from_page_cache(files)
-        report[f"plain_read_{name}_gb_s"] = total / read_plainly(files) / GB
+        for kind, action in (("read", lambda: seconds(read_all)), ("plain_read", plain.seconds)):
+            if name == "cold":
+                drop_from_page_cache(files)
+            report[f"{kind}_{name}_gb_s"] = total / action() / GB
     generator = np.random.default_rng(3)
-    per_chunk = form.chunk_size // form.group_size
-    wanted, piece = 256, per_chunk * form.page_bytes
-    arrays = [open_pages(store, header) for header in chain]
+    wanted, piece = 256, form.piece_pages * form.page_bytes
+    sums = [read_sums(store, header) for header in chain]
+    pieces = form.pages(form.block_tokens) // form.piece_pages
+    full = [b for b, header in enumerate(chain) if len(header.tokens) == form.block_tokens]
+
+    def choose() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return generator.choice(full, wanted), generator.integers(0, form.kv_heads, wanted), generator.integers(0, pieces, wanted)
 
     def random_pieces(layer: int) -> None:
-        heads, blocks = generator.integers(0, form.kv_heads, wanted), generator.integers(0, len(arrays), wanted)
-        pages = generator.integers(0, form.pages(form.block_tokens) // per_chunk, wanted)[:, None] * per_chunk + np.arange(per_chunk)
-        futures = [
-            arrays[b][layer].vindex[heads[blocks == b][:, None], pages[blocks == b]].read() for b in np.unique(blocks)
-        ]  # fmt: skip
-        for future in futures:
-            future.result()
+        blocks, heads, places = choose()
+        reads = []
+        for b in np.unique(blocks):
+            mine = blocks == b
+            first, stated = places[mine] * form.piece_pages, sums[b][layer, heads[mine], places[mine]]
+            reads.append(store.read_pieces(chain[b], layer, heads[mine], first, form.piece_pages, stated))
+        for read in reads:
+            read()
 
-    def plain_pieces(_: int) -> None:
-        places = zip(generator.integers(0, len(files), wanted), generator.integers(0, 16, wanted), strict=True)
-        jobs = [(files[index], int(place) * piece) for index, place in places]
-
-        def read_one(job: tuple[Path, int]) -> None:
-            descriptor = os.open(job[0], os.O_RDONLY)
-            os.pread(descriptor, piece, job[1])
+    def plain_pieces(layer: int) -> None:
+        def read_one(job: tuple[int, int, int]) -> None:
+            folder = store.folder(chain[job[0]].parent, chain[job[0]].id) / PAGES
+            descriptor = os.open(folder / f"{layer}.0.0.0.0.0", os.O_RDONLY)
+            os.pread(descriptor, piece, (job[1] * pieces + job[2]) * piece)
             os.close(descriptor)
 
-        with ThreadPoolExecutor(THREADS) as pool:
-            list(pool.map(read_one, jobs))
+        list(threads.map(read_one, zip(*choose(), strict=True)))
 
-    for name, action in (("random", random_pieces), ("plain_random", plain_pieces)):
-        for state in ("cold", "warm"):
-            if state == "cold":
-                drop_from_page_cache(files)
-            times = [seconds(lambda layer=layer, action=action: action(layer)) for layer in range(min(8, form.layers))]
-            report[f"{name}_{state}_gb_s"] = wanted * piece / statistics.median(times) / GB
+    with ThreadPoolExecutor(THREADS) as threads:
+        for name, action in (("random", random_pieces), ("plain_random", plain_pieces)):
+            for state in ("cold", "warm"):
+                drop_from_page_cache(files) if state == "cold" else plain.seconds()
+                times = [seconds(lambda layer=layer, action=action: action(layer)) for layer in range(min(8, form.layers))]
+                report[f"{name}_{state}_gb_s"] = wanted * piece / statistics.median(times) / GB
     shutil.rmtree(options.dir / "blocks")
     return report | {"random_piece_bytes": piece}
 
 
 def bench_resume(options: argparse.Namespace) -> dict[str, Any]:
-    """From a closed session to states that decode can go on from, beside reading the same files."""
-    _, form, backend, config, tokens, report = stored_history(options)
+    """From a closed session to states that decode can go on from, beside reading the same files.
+
+    What --keep left is used again: then `resume_first_seconds` is what a new process needs, allocation and compilation included.
+    """
+    if (options.dir / "blocks").exists():
+        _, backend, form = shape_form(options)
+        tokens, report = random_tokens(options), {}
+    else:
+        _, form, backend, _, tokens, report = stored_history(options)
     files = files_of(options.dir / "blocks")
-    decoder = Decoder.abstract(config, jnp.bfloat16)
+    report |= {"bytes": sum(path.stat().st_size for path in files)}
+    spent: dict[str, float] = {}
 
     def resume() -> Any:
         fresh = BlockStore(options.dir)
+        begin = time.perf_counter()
         stored = longest_stored(fresh, form, ROOT, tokens, len(tokens))
-        empty = programs.new_states(decoder, backend, options.tokens, jnp.bfloat16)
-        return load_states(fresh, form, stored, empty)
+        spent["find"] = time.perf_counter() - begin
+        if stored.length != len(tokens):
+            raise ValueError(f"{options.dir} holds {stored.length} of {len(tokens)} tokens ({stored.problems[:1]}): give an empty --dir")
+        return load_states(fresh, form, stored, backend, options.tokens)
 
-    seconds(resume)  # programs compiled, allocators grown
+    jax.block_until_ready(jnp.zeros(1))  # the device is there
+    report["resume_first_seconds"] = seconds(resume)
+    plain = PlainReader(files)
     for name in ("cold", "warm"):
-        for kind, action in (("resume", lambda: seconds(resume)), ("plain_read", lambda: read_plainly(files))):
+        for kind, action in (("resume", lambda: seconds(resume)), ("plain_read", plain.seconds)):
             if name == "cold":
                 drop_from_page_cache(files)
             report[f"{kind}_{name}_seconds"] = action()
+        report[f"resume_{name}_gb_s"] = report["bytes"] / report[f"resume_{name}_seconds"] / GB
         report[f"resume_{name}_over_plain"] = report[f"resume_{name}_seconds"] / report[f"plain_read_{name}_seconds"]
-    shutil.rmtree(options.dir / "blocks")
-    return report | {"tier": options.tier}
+    if not options.keep:
+        shutil.rmtree(options.dir / "blocks")
+    return report | {"of_it_finding_blocks": spent["find"], "tier": options.tier}
 
 
 def bench_run(options: argparse.Namespace) -> dict[str, Any]:
-    """Prefill with and without storing; decode in memory and from disk; resuming. One model, one prompt."""
+    """A model and a prompt: prefill with and without storing, first token after reopening, a second question, decoding from disk."""
     if options.model is None:
         config, _, _ = shape_form(options)
         model = LanguageModel(Decoder(config, jnp.bfloat16), config)
     else:
         model = load_model(options.model)
     config = model.config
-    tokens = np.random.default_rng(2).integers(0, 256, options.tokens).astype(np.int32)
-    ctx = options.tokens + 2 * options.new_tokens + 1
-    how = {"max_new_tokens": options.new_tokens}
+    tokens = random_tokens(options)
+    if options.text is not None:
+        tokens = model.encode_prompt(options.text.read_text(encoding="utf-8"), chat=False)[: options.tokens]
+        if len(tokens) < options.tokens:
+            raise SystemExit(f"error: {options.text} has {len(tokens)} tokens and --tokens is {options.tokens}")
+    ctx = options.tokens + QUESTION + 2 * options.new_tokens + 1
     place = {"ctx": ctx, "kv_store": options.tier}
     history = ctx * config.layers * config.kv_heads * config.head_dim * 2 * jnp.dtype(model.dtype).itemsize
-    report: dict[str, Any] = {"layers": config.layers, "history_bytes": history}
-    runs: dict[str, Any] = {}
+    report: dict[str, Any] = {"layers": config.layers, "dtype": jnp.dtype(model.dtype).name, "tier": options.tier, "history_bytes": history}
     for name in ("first", "second"):  # the first compiles
-        runs["memory"] = model.generate(tokens, **how, **place)
-        with model.session(options.dir / name / "stored", **place) as session:
-            runs["stored"] = session.generate(tokens, **how)
-        on_disk = place | {"kv_store": str(options.dir / name), "host_memory": options.share * history / 2**30}
-        tokens_again = np.concatenate([tokens[:-1], tokens[-1:] + 1])  # shares all but the last segment
-        with model.session(options.dir / name / "question", **place) as session:
-            runs["question"] = session.generate(tokens_again, **how)
-        with model.session(options.dir / name / "disk", **on_disk) as session:
-            runs["disk"] = session.generate(tokens, **how)
-            before = replace(session._disk.cache.counters)
-            begin = time.perf_counter()
-            runs["disk_decode"] = session.generate(tokens[:1], **how)
-            report["disk_turn_seconds"] = time.perf_counter() - begin
-            read = session._disk.cache.counters.bytes_read - before.bytes_read
-            report["disk_read_bytes_per_token"] = read / options.new_tokens
-        shutil.rmtree(options.dir / name)
-    same = np.array_equal(runs["disk"].tokens, runs["memory"].tokens)
-    report |= {
-        "prefill_seconds": runs["memory"].prefill_seconds, "prefill_stored_seconds": runs["stored"].prefill_seconds,
-        "second_question_prefill_seconds": runs["question"].prefill_seconds, "second_question_reused": runs["question"].reused_tokens,
-        "decode_tokens_per_second": runs["memory"].decode_tokens_per_second,
-        "disk_decode_tokens_per_second": runs["disk_decode"].decode_tokens_per_second, "disk_hit_rate": runs["disk_decode"].bank_hit_rate,
-        "disk_same_tokens": same, "share": options.share,
+        directory = options.dir / name
+        for part in options.parts:
+            report |= {"prefill": run_prefill, "reopen": run_reopen, "question": run_question, "disk": run_disk}[part](
+                options, model, tokens, directory, place, history
+            )
+        shutil.rmtree(directory, ignore_errors=True)
+    return report
+
+
+Run = dict[str, Any]
+
+
+def run_prefill(options: argparse.Namespace, model: LanguageModel, tokens: np.ndarray, directory: Path, place: Run, history: int) -> Run:
+    """Storing behind compute: what it costs prefill, and what is left to wait for at the end of the turn."""
+    plain = model.generate(tokens, max_new_tokens=1, **place)
+    with model.session(directory / "stored", **place) as session:
+        begin = time.perf_counter()
+        stored = session.generate(tokens, max_new_tokens=1)
+        turn = time.perf_counter() - begin
+    return {
+        "prefill_seconds": plain.prefill_seconds, "prefill_stored_seconds": stored.prefill_seconds,
+        "prefill_stored_over_not": stored.prefill_seconds / plain.prefill_seconds,
+        "stored_bytes": stored.disk_history_bytes, "wait_for_disk_seconds": turn - stored.prefill_seconds,
     }  # fmt: skip
-    return report | {"prefill_stored_over_not": report["prefill_stored_seconds"] / report["prefill_seconds"]}
+
+
+def run_reopen(options: argparse.Namespace, model: LanguageModel, tokens: np.ndarray, directory: Path, place: Run, history: int) -> Run:
+    """The first token after a restart: session opened, history brought back, one token of the next turn computed."""
+    report, copy = {}, directory.parent / f"{directory.name}-copy"
+    files = files_of(directory / "blocks")
+    plain = PlainReader(files)
+    for name in ("cold", "warm"):
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(directory / "stored", copy / "stored")
+        shutil.copytree(directory / "blocks", copy / "blocks", copy_function=os.link)  # a session adds and removes files, and changes none
+        if name == "cold":
+            drop_from_page_cache(files)
+        begin = time.perf_counter()
+        with model.session(copy / "stored", **place) as session:
+            opened = time.perf_counter() - begin
+            result = session.generate(tokens[:1], max_new_tokens=1)
+        if name == "cold":
+            drop_from_page_cache(files)
+        report |= {
+            f"first_token_{name}_seconds": opened + result.load_seconds + result.prefill_seconds,
+            f"of_it_{name}_loading": result.load_seconds, f"plain_read_{name}_seconds": plain.seconds(),
+        }  # fmt: skip
+        report[f"first_token_{name}_over_plain"] = report[f"first_token_{name}_seconds"] / report[f"plain_read_{name}_seconds"]
+    shutil.rmtree(copy)
+    return report
+
+
+def run_question(options: argparse.Namespace, model: LanguageModel, tokens: np.ndarray, directory: Path, place: Run, history: int) -> Run:
+    """Another conversation that begins with the same document and goes on differently."""
+    question = np.random.default_rng(3).integers(0, 256, QUESTION).astype(np.int32)
+    with model.session(directory / "question", **place) as session:
+        result = session.generate(np.concatenate([tokens, question]), max_new_tokens=1)
+    return {
+        "second_question_prefill_seconds": result.prefill_seconds, "second_question_load_seconds": result.load_seconds,
+        "second_question_reused": result.reused_tokens,
+    }  # fmt: skip
+
+
+def run_disk(options: argparse.Namespace, model: LanguageModel, tokens: np.ndarray, directory: Path, place: Run, history: int) -> Run:
+    """Decoding with --share of the history in memory and the rest on disk, beside decoding with all of it in memory."""
+    how = {"max_new_tokens": options.new_tokens}
+    on_disk = place | {"kv_store": str(directory), "host_memory": options.share * history / 2**30}
+    with model.session(directory / "memory", **place) as session:
+        first = [session.generate(tokens, **how), session.generate(tokens[:1], **how)]
+    with model.session(directory / "disk", **on_disk) as session:
+        second = [session.generate(tokens, **how), session.generate(tokens[:1], **how)]
+    last = second[1]
+    return {
+        "share": options.share, "disk_same_tokens": [r.tokens for r in first] == [r.tokens for r in second],
+        "decode_tokens_per_second": first[1].decode_tokens_per_second, "disk_decode_tokens_per_second": last.decode_tokens_per_second,
+        "disk_hit_rate": last.bank_hit_rate, "disk_read_bytes_per_token": last.disk_read_bytes_per_token,
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

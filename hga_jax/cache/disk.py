@@ -5,11 +5,13 @@ tokens before it and of its own, so the same beginning of a prompt is the same c
 
     DIR/blocks/<id of the block before, or of the model and its settings>/<id>/
         block.json       tokens, shapes, sizes of the other files, a checksum of itself
-        pages/           TensorStore zarr3 [L, K, pages, 2, g, H]: one file a layer, in it one checksummed piece a kv head and chunk
+        pages/           TensorStore zarr3 [L, K, pages, 2, g, H]: one file a layer, its bytes in order, then their CRC-32C
+        piece_sums/      zarr3 [L, K, chunks]: the CRC-32 of each *piece*, the pages of one kv head and chunk
         summaries.<i>/   zarr3 [L, K, entries, ...], one file for each array the policy keeps
         requests/        zarr3 [L, R, K, pages held, 2 bits]: what the queries before each of R reuse points had requested lately
 
-Pieces of 64 tokens measured best: reading and writing in sequence goes at the pace of whole files, a random page costs 32 KiB of reading.
+A layer of a block is read whole by resuming, which checks the file's own checksum, and piece by piece by decoding from disk: byte ranges
+of the same file, checked against piece_sums. hga_jax/session/README.md says what was measured.
 """
 
 from __future__ import annotations
@@ -20,19 +22,20 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorstore as ts
-from jaxtyping import Int
+from jaxtyping import Int, UInt32
 
-VERSION = 1
+VERSION = 2  # 1 had sharded files of pieces: read at half the speed from memory, a fraction of it from a disk
 HEADER = "block.json"
-PAGES, REQUESTS = "pages", "requests"
-INDEX_CACHE = 64 * 2**20  # bytes of shard indices (16 a piece) that TensorStore may keep: 4M pieces, past 1M tokens of 48 layers
+PAGES, PIECE_SUMS, REQUESTS = "pages", "piece_sums", "requests"
+FILES_AT_A_TIME = 32  # TensorStore's default is the number of cores, too few to keep a disk busy
 
 
 class StoreError(ValueError):
@@ -41,12 +44,11 @@ class StoreError(ValueError):
 
 @dataclass(frozen=True)
 class ArraySpec:
-    """Shape and dtype of a stored array, and the shape of the pieces that are read and checked on their own, inside one file per `file`."""
+    """Shape and dtype of a stored array, and the shape of the part of it in each of its files."""
 
     shape: tuple[int, ...]
     dtype: str
     file: tuple[int, ...]
-    piece: tuple[int, ...]
 
     @staticmethod
     def from_json(raw: dict[str, Any]) -> ArraySpec:
@@ -97,8 +99,9 @@ def unsealed(path: Path, kind: str, version: int) -> dict[str, Any]:
         raise StoreError(f"{path} is damaged: not the JSON that was written") from None
     if stated != _digest(data):
         raise StoreError(f"{path} is damaged: its checksum does not match")
-    if data.get("format") != kind or data.get("version") != version:
-        raise StoreError(f"{path} is {data.get('format')!r} version {data.get('version')}: this program reads {kind!r} version {version}")
+    found = data.get("format"), data.get("version")
+    if found != (kind, version):
+        raise StoreError(f"{path} is {found[0]!r} version {found[1]}, and this program reads version {version}: delete it and begin anew")
     return data
 
 
@@ -110,11 +113,11 @@ def write_durably(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -130,12 +133,14 @@ def unpack_tokens(text: str) -> Int[np.ndarray, " T"]:
 
 
 class BlockStore:
-    """The blocks below one directory. Reading and writing go through TensorStore, many at a time; nothing is kept in memory but indices."""
+    """The blocks below one directory. Reading and writing go through TensorStore, many at a time; nothing is kept in memory."""
 
     def __init__(self, directory: Path):
         self.directory = directory / "blocks"
         self.damaged: set[str] = set()  # blocks whose content was found damaged: the next equal one takes their place
-        self.context = ts.Context({"cache_pool": {"total_bytes_limit": INDEX_CACHE}})
+        # Files are synced when their block is complete (BlockWriter.finish): a write costs a copy, not a wait for the disk.
+        self.context = ts.Context({"file_io_concurrency": {"limit": FILES_AT_A_TIME}, "file_io_sync": False})
+        self._files = ts.KvStore.open({"driver": "file", "path": f"{self.directory}/"}, context=self.context).result()
 
     def folder(self, parent: str, block: str) -> Path:
         return self.directory / parent / block
@@ -168,6 +173,34 @@ class BlockStore:
         """A stored array, for reading. The future's errors: see `checked`."""
         return _open(self.folder(header.parent, header.id) / name, header.arrays[name], self.context, create=False)
 
+    def read_pieces(
+        self, header: Header, layer: int, heads: Int[np.ndarray, " n"], pages: Int[np.ndarray, " n"], piece_pages: int, sums: np.ndarray
+    ) -> Callable[[], np.ndarray]:
+        """Start reading pieces of `piece_pages` neighbouring pages; call the result for them, [n, piece_pages, 2, g, H].
+
+        heads, pages: kv head and first page of each, sums: its CRC-32. The call raises StoreError when one is damaged.
+        """
+        spec = header.arrays[PAGES]
+        page_bytes = int(np.prod(spec.shape[3:])) * np.dtype(spec.dtype).itemsize
+        size = piece_pages * page_bytes
+        name = f"{PAGES}/{_file_name(layer, len(spec.shape))}"
+        path = self.folder(header.parent, header.id) / name
+        begins = (heads.astype(np.int64) * spec.shape[2] + pages) * page_bytes
+        key = f"{header.parent}/{header.id}/{name}"
+        reads = [self._files.read(key, byte_range=slice(begin, begin + size)) for begin in begins.tolist()]
+
+        def result() -> np.ndarray:
+            out = np.empty((len(reads), piece_pages, *spec.shape[3:]), spec.dtype)
+            rows = out.view(np.uint8).reshape(len(reads), size) if reads else []
+            for row, future, stated in zip(rows, reads, sums.tolist(), strict=True):
+                data = read(future, path).value
+                if len(data) != size or zlib.crc32(data) != stated:
+                    raise StoreError(f"{path} is damaged: a checksum does not match")
+                row[:] = np.frombuffer(data, np.uint8)
+            return out
+
+        return result
+
     def publish(self, staged: Path, header: Header) -> None:
         """Give a finished block its place. An equal block that is there already stays; one that cannot be read is replaced."""
         place = self.folder(header.parent, header.id)
@@ -188,8 +221,8 @@ class BlockStore:
             if not (place / HEADER).exists():
                 raise
             shutil.rmtree(staged)  # another process was first
-        sync_folder(place.parent)
-        sync_folder(self.directory)
+        sync(place.parent)
+        sync(self.directory)
 
     def remove(self, parent: str, block: str) -> None:
         """Take a block away at once: its name first, then its files."""
@@ -245,7 +278,7 @@ class BlockWriter:
     def write(self, name: str, data: np.ndarray, index: int | None = None) -> Any:
         """Start writing an array, or its entry `index` of the first axis. `data` must not change before the future returned is done."""
         target = self._opened[name] if index is None else self._opened[name][index]
-        future = target.write(data)
+        future = target.write(data, can_reference_source_data_indefinitely=True)
         self.pending.append(future)
         return future
 
@@ -259,7 +292,8 @@ class BlockWriter:
             for name in names:
                 path = Path(folder) / name
                 files[str(path.relative_to(self.folder))] = path.stat().st_size
-            sync_folder(Path(folder))
+                sync(path)
+            sync(Path(folder))
         header = Header(self.id, self.parent, self.first, self.tokens, tuple(reuse), self.arrays, files)
         data = {
             "format": "hga_jax block", "version": VERSION, "parent": self.parent, "first": self.first, "tokens": pack_tokens(self.tokens),
@@ -274,19 +308,29 @@ def _digest(data: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
+def piece_sums(pages: Any, piece_pages: int) -> UInt32[np.ndarray, "K pieces"]:
+    """CRC-32 of each kv head's pages (contiguous), `piece_pages` at a time: [K, pages, 2, g, H] -> uint32 [K, pieces]."""
+    starts = range(0, pages.shape[1], piece_pages)
+    data = pages.view(np.uint8)
+    return np.array([[zlib.crc32(head[start : start + piece_pages]) for start in starts] for head in data], np.uint32)
+
+
+def _file_name(layer: int, axes: int) -> str:
+    """The file of one layer of an array that has one file a layer."""
+    return ".".join([str(layer), *["0"] * (axes - 1)])
+
+
 def _open(folder: Path, spec: ArraySpec, context: ts.Context, create: bool) -> ts.Future:
-    little = {"name": "bytes", "configuration": {"endian": "little"}}
-    checksum = {"name": "crc32c"}
-    sharding = {"chunk_shape": spec.piece, "codecs": [little, checksum], "index_codecs": [little, checksum], "index_location": "end"}
     metadata = {
         "shape": spec.shape, "data_type": spec.dtype, "fill_value": 0,
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": spec.file}},
         "chunk_key_encoding": {"name": "v2", "configuration": {"separator": "."}},
-        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
     }  # fmt: skip
     description = {
         "driver": "zarr3", "kvstore": {"driver": "file", "path": f"{folder}/"}, "metadata": metadata,
-        # A missing piece is damage, not zeros.
+        # A missing file is damage, not zeros.
         "store_data_equal_to_fill_value": True, "fill_missing_data_reads": False,
     }  # fmt: skip
-    return ts.open(description, create=create, open=not create, context=context)
+    # block.json says what there is, under its checksum: no need to read zarr.json, which is there for other programs.
+    return ts.open(description, create=create, open=not create, assume_metadata=not create, context=context)

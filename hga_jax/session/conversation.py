@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import errno
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 from jaxtyping import Int
 
-from hga_jax import programs
 from hga_jax.backend import AttentionBackend
 from hga_jax.cache.disk import BlockStore, StoreError
 from hga_jax.config import HGAConfig
@@ -138,7 +139,9 @@ class Session:
         if len(ids) >= ctx:
             raise ValueError(f"the conversation has {len(ids)} tokens and {ctx=} leaves no room for an answer: raise --ctx")
         self._check_context(min(wanted, ctx))
-        start = self._start(ids, ctx)
+        begin = time.perf_counter()
+        start = jax.block_until_ready(self._start(ids, ctx))
+        load_seconds = time.perf_counter() - begin
         read_before = 0 if self._disk is None else self._disk.cache.counters.bytes_read
         self._states = None  # consumed: if the turn fails, the next one reads the disk
         run = Generation(self.model, self._placed, ids, self._capacity, sampling, seed, stop, start, self._recorder, self._disk)
@@ -153,7 +156,7 @@ class Session:
         if messages is not None:
             messages = [*messages, {"role": "assistant", "content": result.text}]
         self._commit(held[: run.held], held[run.held :], messages)
-        result = replace(result, disk_history_bytes=0 if self._trouble else self._recorder.bytes_stored)
+        result = replace(result, disk_history_bytes=0 if self._trouble else self._recorder.bytes_stored, load_seconds=load_seconds)
         return result if self._disk is None else self._with_disk_figures(result, read_before)
 
     def _with_disk_figures(self, result: GenerateResult, read_before: int) -> GenerateResult:
@@ -262,8 +265,7 @@ class Session:
     def _load(self, stored: Stored, ctx: int) -> tuple[Any, ...]:
         if self._disk is not None:
             return self._disk.load(stored)
-        empty = programs.new_states(self.model.params, self._placed, ctx, self.model.dtype)
-        return load_states(self.blocks, self.form, stored, empty)
+        return load_states(self.blocks, self.form, stored, self._placed, ctx)
 
     def _drop_recorder(self) -> None:
         if self._recorder is not None:

@@ -21,8 +21,10 @@ from hga_jax.attention import HGAAttention
 from hga_jax.backend import Stats
 from hga_jax.blocks import LayerState, new_state
 from hga_jax.cache import DeviceHistory
-from hga_jax.cache.disk import BlockStore, Header
+from hga_jax.cache.disk import BlockStore, Header, StoreError
 from hga_jax.cache.disk_history import DiskHistory
+from hga_jax.cache.host import as_host
+from hga_jax.cache.landing import Landing
 from hga_jax.cache.page_cache import PageCache
 from hga_jax.cache.window import place_of, window_places
 from hga_jax.config import HGAConfig, RopeConfig
@@ -31,8 +33,8 @@ from hga_jax.model import Decoder, DecoderLayer
 from hga_jax.policies import policy_for
 from hga_jax.sampling import Sampling, sample
 from hga_jax.session.recording import Recorder
-from hga_jax.session.reuse import Memory, Stored, open_pages, read_pages
-from hga_jax.session.state_format import StateFormat, take_pages
+from hga_jax.session.reuse import DamagedBlock, Memory, Stored, StoredPages, open_pages, read_pages, read_sums
+from hga_jax.session.state_format import StateFormat, take_pages, with_memory
 from pallas_kernels import dispatch
 from pallas_kernels.sketch_routing import PageList
 
@@ -54,9 +56,12 @@ class DiskTier:
         page = (2, form.group_size, form.head_dim)
         self.block_pages = form.pages(form.block_tokens)
         self.tail = np.zeros((form.layers, form.kv_heads, self.block_pages, *page), jnp.dtype(form.dtype))
-        self.arrays: list[Any] = []  # the pages of each full block, as TensorStore opened them
+        self.fresh: dict[int, Array] = {}  # by layer, what prefill left for `tail`: on its way from the device, for nobody to wait for
+        self.full = 0  # blocks that are complete, at the beginning of the chain
+        self.sums: list[np.ndarray] = []  # checksums of the pieces of each of them
         self.chain: list[Header] = []
         self.recorder: Recorder | None = None
+        self._older: tuple[StoredPages, Landing] | None = None
         chunks, piece = self.capacity // config.chunk_size, (config.groups_per_chunk, *page)
         self.cache = PageCache(form.layers, form.kv_heads, chunks, piece, jnp.dtype(form.dtype), host_bytes, self._read_pieces)
 
@@ -74,7 +79,7 @@ class DiskTier:
     def load(self, stored: Stored) -> tuple[LayerState, ...]:
         """States that hold the stored tokens; of the pages only the windows and the open block are read. Raises DamagedBlock."""
         form, held = self.form, stored.length
-        memory = Memory(self.store, form, stored)
+        memory = Memory(self.store, form, stored, self.capacity)
         self._use([header for header in stored.chain if header.end <= held and len(header.tokens) == form.block_tokens])
         self.chain = list(stored.chain)
         places = np.asarray(window_places(jnp.int32(held), self.config).pages)
@@ -88,7 +93,7 @@ class DiskTier:
             self.tail[layer, :, : tail.shape[1]] = tail
             window = jnp.array(pages[:, np.clip(places, 0, pages.shape[1] - 1)])
             history = replace(empty.history, window=window, length=jnp.int32(held))
-            states.append(memory.put(layer, replace(empty, history=history)))
+            states.append(with_memory(form, replace(empty, history=history), held, *memory.of(layer)))
         return tuple(states)
 
     def record(self, recorder: Recorder) -> None:
@@ -114,6 +119,8 @@ class DiskTier:
     ) -> tuple[Int[np.ndarray, " n"], int, tuple[LayerState, ...], Stats]:
         """As programs.decode_tokens, with the host between the layers."""
         self._catch_up(int(position))
+        for layer in list(self.fresh):
+            self.land(layer)
         out, total, held, stops = [], Stats.zero(), int(position), set(np.asarray(stop_ids).tolist())
         last = int(token)
         while len(out) < int(wanted) and not (out and last in stops):
@@ -183,19 +190,39 @@ class DiskTier:
             done.append(replace(state, history=replace(state.history, length=jnp.int32(held))))
         return tuple(done)
 
-    def _take_pages(self, form: StateFormat, layer: int, state: LayerState, first: int) -> Any:
-        """The recorder's way to the pages of a block: from the device in prefill, else from the open block."""
-        return take_pages(form, layer, state, first) if isinstance(state.history, DeviceHistory) else self.tail[layer].copy()
+    def _take_pages(self, form: StateFormat, layer: int, state: LayerState, first: int, blocks: int) -> Any:
+        """The recorder's way to the pages of blocks: from the device in prefill, else (one block) from the open one."""
+        if isinstance(state.history, DeviceHistory):
+            return take_pages(form, layer, state, first, blocks)
+        self.land(layer)
+        return self.tail[layer].copy()
+
+    def land(self, layer: int) -> None:
+        """See to it that the open block's pages of a layer are in `tail`."""
+        pages = self.fresh.pop(layer, None)
+        if pages is not None:
+            self.tail[layer, :, : pages.shape[1]] = np.asarray(pages)
+
+    def older_pages(self, layer: int, pages: int) -> Float[Array, "K n 2 g H"]:
+        """The first pages of a layer, all of full blocks, on the device. Raises DamagedBlock."""
+        if self._older is None or self._older[0].count != pages:
+            blocks = self.chain[: pages // self.block_pages]
+            shape = (self.form.kv_heads, pages, *self.tail.shape[3:])
+            self._older = StoredPages(self.store, self.form, blocks, pages), Landing(shape, self.tail.dtype, 1)
+        stored, landing = self._older
+        room = landing.room()
+        stored.wait(layer, stored.start(layer, room.data))
+        return landing.take(room, "device")
 
     def _catch_up(self, held: int) -> None:
         """Wait until all full blocks can be read."""
-        if len(self.arrays) * self.block_pages < self._tail_page(held):
+        if self.full * self.block_pages < self._tail_page(held):
             self._use(self.recorder.flush())
 
     def _use(self, chain: Sequence[Header]) -> None:
         """These are the full blocks now; those known before are among them."""
-        self.arrays += [open_pages(self.store, header) for header in chain[len(self.arrays) :]]
-        self.chain = list(chain)
+        self.sums += [read_sums(self.store, header) for header in chain[self.full :]]
+        self.full, self.chain = len(chain), list(chain)
 
     def _tail_page(self, held: int) -> int:
         """First page of the block that is open when `held` tokens are held."""
@@ -203,31 +230,41 @@ class DiskTier:
 
     def _read_pieces(self, layer: int, heads: Int[np.ndarray, " n"], chunks: Int[np.ndarray, " n"]) -> Any:
         """Start reading pieces of full blocks."""
-        per_chunk = self.config.groups_per_chunk
-        pages = chunks[:, None] * per_chunk + np.arange(per_chunk)
-        block = pages[:, 0] // self.block_pages
+        per_block = self.form.block_tokens // self.form.chunk_size
+        block, inside = np.divmod(chunks, per_block)
         parts = []
         for b in np.unique(block):
             rows = np.flatnonzero(block == b)
-            array = self.arrays[b][layer].vindex[heads[rows][:, None], pages[rows] - b * self.block_pages]
-            parts.append((b, rows, array.read()))
+            first, sums = inside[rows] * self.form.piece_pages, self.sums[b][layer, heads[rows], inside[rows]]
+            parts.append((b, rows, self.store.read_pieces(self.chain[b], layer, heads[rows], first, self.form.piece_pages, sums)))
 
         def result() -> np.ndarray:
             out = np.empty((len(heads), *self.cache.piece), self.tail.dtype)
-            for b, rows, future in parts:
-                out[rows] = read_pages(self.store, self.chain[b], future)
+            for b, rows, pieces in parts:
+                try:
+                    out[rows] = pieces()
+                except StoreError as error:
+                    raise DamagedBlock(self.chain[b], error) from error
             return out
 
         return result
 
     def _stored_pages(self, layer: int, pages: Int[np.ndarray, " n"]) -> Float[np.ndarray, "K n 2 g H"]:
         """Pages of all kv heads straight from the stored blocks, the last one (not full perhaps) included."""
-        out = np.zeros((self.form.kv_heads, len(pages), *self.tail.shape[3:]), self.tail.dtype)
-        for b in np.unique(pages // self.block_pages):
-            rows = np.flatnonzero(pages // self.block_pages == b)
-            array = self.arrays[b] if b < len(self.arrays) else open_pages(self.store, self.chain[b])
-            future = array[layer].oindex[:, pages[rows] - b * self.block_pages].read()
-            out[:, rows] = read_pages(self.store, self.chain[b], future)
+        form, heads = self.form, np.arange(self.form.kv_heads)
+        out = np.zeros((form.kv_heads, len(pages), *self.tail.shape[3:]), self.tail.dtype)
+        chunks = np.unique(pages[pages < self.full * self.block_pages] // form.piece_pages)
+        if len(chunks):
+            read = self._read_pieces(layer, np.repeat(heads, len(chunks)), np.tile(chunks, len(heads)))()
+            pieces = read.reshape(len(heads), -1, *out.shape[2:])
+            rows = np.flatnonzero(pages < self.full * self.block_pages)
+            piece, inside = np.divmod(pages[rows], form.piece_pages)
+            out[:, rows] = pieces[:, np.searchsorted(chunks, piece) * form.piece_pages + inside]
+        rows = np.flatnonzero(pages >= self.full * self.block_pages)
+        if len(rows):
+            last = self.chain[self.full]
+            stored = read_pages(self.store, last, open_pages(self.store, last)[layer].read())
+            out[:, rows] = stored[:, pages[rows] - self.full * self.block_pages]
         return out
 
 
@@ -247,9 +284,9 @@ class _Home:
             tier._catch_up(held)
             first = tier._tail_page(held)
             if first:
-                older = tier._stored_pages(self.layer, np.arange(first))
-                buffer = _put_pages(buffer, jnp.asarray(older), jnp.int32(0))
+                buffer = _put_pages(buffer, tier.older_pages(self.layer, first), jnp.int32(0))
             count = min(tier.block_pages, buffer.shape[1] - first)
+            tier.land(self.layer)
             buffer = _put_pages(buffer, jnp.asarray(tier.tail[self.layer, :, :count]), jnp.int32(first))
         return replace(state, history=DeviceHistory(buffer, jnp.int32(held)))
 
@@ -258,7 +295,7 @@ class _Home:
         first = tier._tail_page(end)
         count = min(tier.block_pages, buffer.shape[1] - first)
         if count > 0:
-            tier.tail[self.layer, :, :count] = np.asarray(_cut_pages(buffer, jnp.int32(first), count=count))
+            tier.fresh[self.layer] = _cut_pages(buffer, jnp.int32(first), count=count)
         history = _window_of(state.history, buffer, jnp.int32(end), config=tier.config)
         return replace(worked, history=history), buffer
 
@@ -270,7 +307,7 @@ def _put_pages(buffer: Float[Array, "K P 2 g H"], pages: Float[Array, "K n 2 g H
 
 @partial(jax.jit, static_argnames="count")
 def _cut_pages(buffer: Float[Array, "K P 2 g H"], first: Int[Array, ""], *, count: int) -> Float[Array, "K n 2 g H"]:
-    return jax.lax.dynamic_slice_in_dim(buffer, first, count, axis=1)
+    return as_host(jax.lax.dynamic_slice_in_dim(buffer, first, count, axis=1))
 
 
 @partial(jax.jit, static_argnames="config")

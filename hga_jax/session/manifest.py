@@ -11,7 +11,7 @@ from jaxtyping import Int
 
 from hga_jax.cache.disk import StoreError, pack_tokens, sealed, unpack_tokens, unsealed, write_durably
 
-FORMAT, VERSION = "hga_jax session", 1
+FORMAT, VERSION = "hga_jax session", 2
 NAME = "manifest.json"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -12,15 +13,19 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from hga_jax.cache.disk import PAGES, REQUESTS, BlockStore, BlockWriter, Header, block_id
+from hga_jax.cache.disk import PAGES, PIECE_SUMS, REQUESTS, BlockStore, BlockWriter, Header, block_id, piece_sums
+from hga_jax.cache.host import put_on_host
 from hga_jax.session.reuse import Stored, load_notes
-from hga_jax.session.state_format import StateFormat, pack, take_pages, take_summaries
+from hga_jax.session.state_format import StateFormat, history_of, pack, take_pages, take_summaries
 from pallas_kernels.dispatch import on_cuda
 
-WRITERS = 4  # threads that wait for copies from the device and for TensorStore, which has its own threads for the disk
+WRITERS = 4  # threads that wait for copies from the device, compute checksums and wait for TensorStore, which has its own for the disk
+SYNCERS = 4  # threads that wait until complete blocks are on disk
+SPAN = 16  # blocks of a layer that are copied from the device at a time, where there are so many: one launch, and copies at full speed
 CPU_SEGMENT = 256  # tokens: on a CPU no slower than larger segments
 SMALL_SEGMENT = 1024  # tokens: on a GPU some launches more, once or twice a prompt
-IN_FLIGHT = 256 * 2**20  # bytes of pages on their way to disk; more makes compute wait
+LEAVING = 8  # spans that may be held on the device until they have left it: with more, prefill could run out of memory far ahead of them
+IN_FLIGHT = 512 * 2**20  # bytes of pages on their way to the system's cache of files; more makes compute wait
 
 
 class Budget:
@@ -49,23 +54,30 @@ class _Block:
         self.writer = BlockWriter(store, staging, parent, first, tokens)
         self.writer.create(PAGES, form.arrays(len(tokens), self.end, 0)[PAGES])
         self.summaries = [[None] * form.layers for _ in form.summaries]
+        self.sums: list[Any] = [None] * form.layers
         self.tasks: list[Future] = []
 
-    def write_layer(self, layer: int, pages: jax.Array | np.ndarray, summaries: list[jax.Array]) -> None:
+    def write_layer(self, layer: int, pages: np.ndarray, summaries: list[np.ndarray]) -> Any:
+        """Start writing a layer; the arrays must not change until the future is done."""
         form, count = self.form, len(self.tokens)
-        data = np.array(np.asarray(pages)[:, : form.pages(count)])  # our own copy: it outlives the device buffer
+        pages = pages[:, : form.pages(count)]
         beyond = self.end % form.group_size
         if beyond:
-            data[:, -1, :, beyond:] = 0  # what follows the last token is stale; equal tokens make equal files
+            pages = np.array(pages)
+            pages[:, -1, :, beyond:] = 0  # what follows the last token is stale; equal tokens make equal files
         for held, part, (entries, _, _) in zip(self.summaries, summaries, form.summaries, strict=True):
-            held[layer] = np.asarray(part)[:, : entries * form.chunks(count)]
-        self.writer.write(PAGES, data, layer).result()
+            held[layer] = part[:, : entries * form.chunks(count)]
+        future = self.writer.write(PAGES, pages, layer)
+        self.sums[layer] = piece_sums(pages, form.piece_pages)
+        return future
 
     def finish(self, notes: dict[int, Any]) -> Header:
         for task in self.tasks:
             task.result()
         points = sorted(position for position in notes if self.first < position <= self.end)
         specs = self.form.arrays(len(self.tokens), self.end, len(points))
+        self.writer.create(PIECE_SUMS, specs[PIECE_SUMS])
+        self.writer.write(PIECE_SUMS, np.stack(self.sums))
         for i, held in enumerate(self.summaries):
             self.writer.create(f"summaries.{i}", specs[f"summaries.{i}"])
             self.writer.write(f"summaries.{i}", np.stack(held))
@@ -101,8 +113,10 @@ class Recorder:
         self.bytes_stored = sum(header.bytes for header in stored.chain)
         self.take_pages = take_pages  # how to come by a block's pages; other tiers than device and host have their own way
         self.error: Exception | None = None
-        self._budget, self._pool = Budget(in_flight), ThreadPoolExecutor(WRITERS, "hga-store")
+        self._budget = Budget(in_flight)
+        self._pool, self._syncers = ThreadPoolExecutor(WRITERS, "hga-store"), ThreadPoolExecutor(SYNCERS, "hga-sync")
         self._tasks: list[Future] = []
+        self._leaving: deque[jax.Array] = deque()
         self._open: list[_Block] = []
 
     @property
@@ -151,8 +165,11 @@ class Recorder:
         if self.form.note is not None:
             for index, position in enumerate(positions):
                 self.notes[position].append((notes, index))
-        for block in self._open:
-            self._write_layer(block, layer, state)
+        spans = len(self._open) // SPAN * SPAN
+        for begin in range(0, spans, SPAN):
+            self._write_layer(self._open[begin : begin + SPAN], layer, state)
+        for block in self._open[spans:]:
+            self._write_layer([block], layer, state)
         if layer == self.form.layers - 1:
             for block in self._open:
                 self._finish(block)
@@ -185,9 +202,11 @@ class Recorder:
     def _wait(self) -> None:
         wait(self._tasks)
         self._tasks.clear()
+        self._leaving.clear()
 
     def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        for pool in (self._pool, self._syncers):  # in this order: what syncs waits for what writes
+            pool.shutdown(wait=True, cancel_futures=True)
 
     def _store_open_block(self, tokens: np.ndarray, states: Sequence[Any]) -> None:
         end = len(tokens)
@@ -196,24 +215,45 @@ class Recorder:
             self.notes |= dict.fromkeys(range(self.first + self.form.chunk_size, end, self.form.chunk_size))
         block = _Block(self.store, self.form, self.staging, self.parent, self.first, tokens[self.first :])
         for layer, state in enumerate(states):
-            self._write_layer(block, layer, state)
+            self._write_layer([block], layer, state)
         self._finish(block)
 
-    def _write_layer(self, block: _Block, layer: int, state: Any) -> None:
-        pages = self.take_pages(self.form, layer, state, block.first)
-        summaries = take_summaries(self.form, state, block.first)
-        if isinstance(pages, jax.Array):
-            pages.copy_to_host_async()
-        size = pages.nbytes
+    def _write_layer(self, blocks: list[_Block], layer: int, state: Any) -> None:
+        """Start writing a layer of neighbouring blocks."""
+        form, first = self.form, blocks[0].first
+        room = history_of(state).capacity - first
+        size = form.kv_heads * form.pages(min(len(blocks) * form.block_tokens, room)) * form.page_bytes
         self._budget.take(size)
+        if len(self._leaving) == LEAVING:
+            self._leaving.popleft().block_until_ready()
+        pages = self.take_pages(form, layer, state, first, len(blocks))
+        if isinstance(pages, jax.Array):  # a copy of its own on the way to the host: the device goes on computing
+            pages = put_on_host(pages)
+            self._leaving.append(pages)
+        summaries = take_summaries(form, state, first, len(blocks))
+        for part in summaries:
+            part.copy_to_host_async()
 
         def task() -> None:
             try:
-                block.write_layer(layer, pages, summaries)
+                # Views: JAX's arrays stay as they are while there are any.
+                data, parts = np.asarray(pages), [np.asarray(part) for part in summaries]
+                writes = []
+                for i, block in enumerate(blocks):
+                    begin, per_block = i * form.pages(form.block_tokens), form.block_tokens // form.chunk_size
+                    mine = [
+                        part[:, i * per_block * entries : (i + 1) * per_block * entries]
+                        for part, (entries, _, _) in zip(parts, form.summaries, strict=True)
+                    ]
+                    writes.append(block.write_layer(layer, data[:, begin : begin + form.pages(form.block_tokens)], mine))
+                for write in writes:
+                    write.result()
             finally:
                 self._budget.give_back(size)
 
-        block.tasks.append(self._submit(task))
+        future = self._submit(self._pool, task)
+        for block in blocks:
+            block.tasks.append(future)
 
     def _finish(self, block: _Block) -> None:
         notes = {position: note for position, note in self.notes.items() if block.first < position <= block.end}
@@ -221,7 +261,7 @@ class Recorder:
         def task() -> None:
             self.headers[block.writer.id] = block.finish(notes)
 
-        self._submit(task)
+        self._submit(self._syncers, task)
         if len(block.tokens) == self.form.block_tokens:
             self._passed(block.writer.id, len(block.tokens))
             self.notes = {position: note for position, note in self.notes.items() if position > block.end}
@@ -230,7 +270,7 @@ class Recorder:
         self.blocks.append((block, tokens))
         self.parent, self.first = block, self.first + tokens
 
-    def _submit(self, task: Callable[[], Any]) -> Future:
+    def _submit(self, pool: ThreadPoolExecutor, task: Callable[[], Any]) -> Future:
         def guarded() -> Any:
             try:
                 return task()
@@ -238,7 +278,7 @@ class Recorder:
                 self.error = self.error or error
                 raise
 
-        future = self._pool.submit(guarded)
+        future = pool.submit(guarded)
         self._tasks.append(future)
         return future
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,10 +11,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
-from jaxtyping import Int
+from jaxtyping import Float, Int, UInt8
 
-from hga_jax.cache.disk import PAGES, REQUESTS, BlockStore, Header, StoreError, block_id, read
-from hga_jax.session.state_format import StateFormat, history_of, unpack, with_memory, with_pages
+from hga_jax.backend import AttentionBackend
+from hga_jax.cache.disk import PAGES, PIECE_SUMS, REQUESTS, BlockStore, Header, StoreError, block_id, read
+from hga_jax.cache.landing import Landing, Room
+from hga_jax.session.state_format import Blank, StateFormat, history_of, unpack
 
 READ_AHEAD = 512 * 2**20  # bytes of pages being read at a time: enough to keep a disk busy, little beside the history
 
@@ -89,60 +93,87 @@ def load_notes(store: BlockStore, form: StateFormat, header: Header, positions: 
 
 
 class Memory:
-    """What a state needs beside its pages, of all layers: summaries and the requests at the end. Raises DamagedBlock."""
+    """What a state needs beside its pages, of all layers: summaries and the requests at the end. Raises DamagedBlock.
 
-    def __init__(self, store: BlockStore, form: StateFormat, stored: Stored):
-        self.form, self.stored = form, stored
-        self.summaries = [_load_summaries(store, form, header) for header in stored.chain]
+    capacity: tokens the states have room for.
+    """
+
+    def __init__(self, store: BlockStore, form: StateFormat, stored: Stored, capacity: int):
+        chunks = form.chunks(capacity)
+        shapes = [((form.layers, form.kv_heads, chunks * n, *shape), jnp.dtype(dtype)) for n, shape, dtype in form.summaries]
+        self.summaries = [np.zeros(*shape) for shape in shapes]
+        reads = [(header, f"summaries.{i}") for i in range(len(form.summaries)) for header in stored.chain]
+        opened = [_checked(store, header, name, store.open(header, name)) for header, name in reads]
+        futures = []
+        for (header, name), source in zip(reads, opened, strict=True):
+            index = int(name.rpartition(".")[2])
+            begin = header.first // form.chunk_size * form.summaries[index][0]
+            count = min(source.shape[2], self.summaries[index].shape[2] - begin)
+            futures.append(ts.array(self.summaries[index][:, :, begin : begin + count]).write(source[:, :, :count]))
+        for (header, name), future in zip(reads, futures, strict=True):
+            _checked(store, header, name, future)
         self.notes = load_notes(store, form, stored.chain[-1], [stored.length]).get(stored.length)
 
-    def put(self, layer: int, state: Any) -> Any:
-        """The layer's state with its summaries and requests filled in."""
-        chunks = history_of(state).capacity // self.form.chunk_size
-        filled = [np.zeros((self.form.kv_heads, chunks * n, *shape), jnp.dtype(dtype)) for n, shape, dtype in self.form.summaries]
-        for header, parts in zip(self.stored.chain, self.summaries, strict=True):
-            for whole, (entries, _, _), piece in zip(filled, self.form.summaries, parts, strict=True):
-                begin = header.first // self.form.chunk_size * entries
-                count = min(piece.shape[2], whole.shape[1] - begin)
-                whole[:, begin : begin + count] = piece[layer, :, :count]
-        return with_memory(self.form, state, self.stored.length, filled, None if self.notes is None else self.notes[layer])
+    def of(self, layer: int) -> tuple[list[np.ndarray], UInt8[np.ndarray, "K P"] | None]:
+        """Summaries and requests of a layer."""
+        return [held[layer] for held in self.summaries], None if self.notes is None else self.notes[layer]
 
 
-def load_states(store: BlockStore, form: StateFormat, stored: Stored, states: tuple[Any, ...]) -> tuple[Any, ...]:
-    """States that hold the stored tokens, in place of the empty ones given. Raises DamagedBlock.
+def load_states(store: BlockStore, form: StateFormat, stored: Stored, backend: AttentionBackend, capacity: int) -> tuple[Any, ...]:
+    """States that hold the stored tokens, with room for `capacity`. Raises DamagedBlock.
 
     Every byte read is checked against its checksum. Layers are read ahead of the one being rebuilt.
     """
-    memory = Memory(store, form, stored)
-    sources = [open_pages(store, header) for header in stored.chain]
-    layer_bytes = form.kv_heads * form.pages(stored.length) * form.page_bytes
-    ahead = max(1, READ_AHEAD // layer_bytes)
-    reads: list[tuple[np.ndarray, list[Any]]] = []
-    done = []
-    for layer, empty in enumerate(states):
-        while len(reads) < min(form.layers, layer + 1 + ahead):
-            reads.append(_start_reading(form, stored, sources, len(reads), history_of(empty).pages.shape))
-        pages, futures = reads[layer]
-        for header, future in zip(stored.chain, futures, strict=True):
-            _checked(store, header, PAGES, future)
-        reads[layer] = (np.zeros(0), [])
-        done.append(memory.put(layer, with_pages(form, empty, stored.length, pages)))
+    blank = Blank(backend, form, capacity)
+    shape = history_of(blank.shapes).pages.shape
+    pages = StoredPages(store, form, stored.chain, shape[1])
+    layer_bytes = math.prod(shape) * jnp.dtype(form.dtype).itemsize
+    landing = Landing(shape, form.dtype, min(max(2, READ_AHEAD // layer_bytes), form.layers))
+    tier = "host" if blank.on_host else "device"
+    reads: deque[tuple[Room, Any]] = deque()
+
+    def read_ahead() -> None:
+        while len(done) + len(reads) < form.layers and (room := landing.room()) is not None:
+            reads.append((room, pages.start(len(done) + len(reads), room.data)))
+
+    done: list[Any] = []
+    read_ahead()
+    memory = Memory(store, form, stored, history_of(blank.shapes).capacity)
+    for layer in range(form.layers):
+        room, future = reads.popleft()
+        pages.wait(layer, future)
+        window = blank.window(stored.length, room.data)
+        done.append(blank.state(stored.length, landing.take(room, tier), window, *memory.of(layer)))
+        read_ahead()
     return tuple(done)
 
 
-def _start_reading(
-    form: StateFormat, stored: Stored, sources: list[Any], layer: int, shape: tuple[int, ...]
-) -> tuple[np.ndarray, list[Any]]:
-    """Room for a layer's pages, and the futures of its parts being read straight into their places."""
-    pages = np.empty(shape, jnp.dtype(form.dtype))
-    target, futures, reached = ts.array(pages), [], 0
-    for header, source in zip(stored.chain, sources, strict=True):
-        first = header.first // form.group_size
-        count = min(source.shape[2], shape[1] - first)
-        futures.append(target[:, first : first + count].write(source[layer, :, :count]))
-        reached = first + count
-    pages[:, reached:] = 0
-    return pages, futures
+class StoredPages:
+    """The pages of a chain of blocks, one layer after the other, as far as `most` pages. Raises DamagedBlock."""
+
+    def __init__(self, store: BlockStore, form: StateFormat, chain: Sequence[Header], most: int):
+        self.store, self.chain = store, chain
+        self.parts = _open_all(store, chain)
+        whole = ts.concat(self.parts, axis=2)
+        self.count = min(whole.shape[2], most)
+        self.whole = whole[:, :, : self.count]
+
+    def start(self, layer: int, target: Float[np.ndarray, "K P 2 g H"]) -> Any:
+        """Start reading a layer straight into its place; the future is for `wait`. Pages beyond the stored ones are left as they are."""
+        return ts.array(target[:, : self.count]).write(self.whole[layer])
+
+    def wait(self, layer: int, future: Any) -> None:
+        try:
+            future.result()
+        except (ValueError, KeyError, OSError):
+            for header, part in zip(self.chain, self.parts, strict=True):  # which one it was
+                _checked(self.store, header, PAGES, part[layer].read())
+            raise
+
+
+def _open_all(store: BlockStore, chain: Sequence[Header], name: str = PAGES) -> list[Any]:
+    opened = [store.open(header, name) for header in chain]
+    return [_checked(store, header, name, future) for header, future in zip(chain, opened, strict=True)]
 
 
 def open_pages(store: BlockStore, header: Header) -> Any:
@@ -155,11 +186,10 @@ def read_pages(store: BlockStore, header: Header, future: Any) -> np.ndarray:
     return _checked(store, header, PAGES, future)
 
 
-def _load_summaries(store: BlockStore, form: StateFormat, header: Header) -> list[np.ndarray]:
-    names = [f"summaries.{i}" for i in range(len(form.summaries))]
-    opened = [_checked(store, header, name, store.open(header, name)) for name in names]
-    reads = [array.read() for array in opened]
-    return [_checked(store, header, name, future) for name, future in zip(names, reads, strict=True)]
+def read_sums(store: BlockStore, header: Header) -> np.ndarray:
+    """Checksums of a block's pieces, [L, K, chunks]. Raises DamagedBlock."""
+    opened = _checked(store, header, PIECE_SUMS, store.open(header, PIECE_SUMS))
+    return _checked(store, header, PIECE_SUMS, opened.read())
 
 
 def _checked(store: BlockStore, header: Header, name: str, future: Any) -> Any:

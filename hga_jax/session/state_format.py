@@ -19,9 +19,9 @@ from jaxtyping import Array, Float, Int, UInt8
 from hga_jax.attention import HGAAttention
 from hga_jax.backend import AttentionBackend
 from hga_jax.blocks import LayerState
-from hga_jax.cache import DeviceHistory, HostHistory
-from hga_jax.cache.disk import PAGES, REQUESTS, ArraySpec
-from hga_jax.cache.host import is_host
+from hga_jax.cache import HostHistory
+from hga_jax.cache.disk import PAGES, PIECE_SUMS, REQUESTS, ArraySpec
+from hga_jax.cache.host import is_host, put_on_host
 from hga_jax.cache.window import window_places
 from hga_jax.config import HGAConfig, ModelConfig
 from pallas_kernels.host_rows import copy_rows
@@ -82,6 +82,11 @@ class StateFormat:
     def page_bytes(self) -> int:
         return 2 * self.group_size * self.head_dim * jnp.dtype(self.dtype).itemsize
 
+    @property
+    def piece_pages(self) -> int:
+        """Pages of a kv head that are read and checked together when single pages are wanted: those of a chunk."""
+        return self.chunk_size // self.group_size
+
     def chunks(self, tokens: int) -> int:
         """Chunks that `tokens` tokens touch."""
         return -(-tokens // self.chunk_size)
@@ -92,16 +97,17 @@ class StateFormat:
 
     def arrays(self, tokens: int, end: int, points: int) -> dict[str, ArraySpec]:
         """The stored arrays of a block of `tokens` tokens that ends at position `end`, with `points` reuse points."""
-        per_chunk = self.chunk_size // self.group_size
         tail = (2, self.group_size, self.head_dim)
         held = (self.layers, self.kv_heads, self.pages(tokens), *tail)
-        specs = {PAGES: ArraySpec(held, self.dtype, (1, self.kv_heads, CHUNKS_A_BLOCK * per_chunk, *tail), (1, 1, per_chunk, *tail))}
+        specs = {PAGES: ArraySpec(held, self.dtype, (1, *held[1:]))}
+        held = (self.layers, self.kv_heads, self.chunks(tokens))
+        specs[PIECE_SUMS] = ArraySpec(held, "uint32", held)
         for i, (entries, shape, dtype) in enumerate(self.summaries):
             held = (self.layers, self.kv_heads, entries * self.chunks(tokens), *shape)
-            specs[f"summaries.{i}"] = ArraySpec(held, dtype, held, (1, *held[1:]))
+            specs[f"summaries.{i}"] = ArraySpec(held, dtype, held)
         if self.note is not None and points:
             held = (self.layers, points, self.kv_heads, -(-self.pages(end) // 4))
-            specs[REQUESTS] = ArraySpec(held, "uint8", held, (self.layers, 1, *held[2:]))
+            specs[REQUESTS] = ArraySpec(held, "uint8", (self.layers, 1, *held[2:]))
         return specs
 
 
@@ -133,17 +139,17 @@ def _summaries(summaries: Any, first: Int[Array, ""], *, chunks: int, per_chunk:
     return [rows(leaf, entries) for leaf, entries in zip(jax.tree.leaves(summaries), per_chunk, strict=True)]
 
 
-def take_pages(form: StateFormat, layer: int, state: Any, first: int) -> Any:
-    """A copy of the pages of a block from token `first` on, or what the history has room for: one program serves all lengths."""
+def take_pages(form: StateFormat, layer: int, state: Any, first: int, blocks: int = 1) -> Any:
+    """A copy of the pages of some blocks from token `first` on, or what the history has room for: few programs serve all lengths."""
     history = history_of(state)
-    return _pages(history, jnp.int32(first // form.group_size), pages=form.pages(min(form.block_tokens, history.capacity - first)))
+    return _pages(history, jnp.int32(first // form.group_size), pages=form.pages(min(blocks * form.block_tokens, history.capacity - first)))
 
 
-def take_summaries(form: StateFormat, state: Any, first: int) -> list[Array]:
-    """Copies of a block's summaries, likewise."""
+def take_summaries(form: StateFormat, state: Any, first: int, blocks: int = 1) -> list[Array]:
+    """Copies of their summaries, likewise."""
     if not form.summaries:
         return []
-    chunks = form.chunks(min(form.block_tokens, history_of(state).capacity - first))
+    chunks = form.chunks(min(blocks * form.block_tokens, history_of(state).capacity - first))
     per_chunk = tuple(entries for entries, _, _ in form.summaries)
     return _summaries(state.summaries, jnp.int32(first // form.chunk_size), chunks=chunks, per_chunk=per_chunk)
 
@@ -162,37 +168,58 @@ def unpack(packed: UInt8[np.ndarray, "*n B"]) -> UInt8[np.ndarray, "*n P"]:
     return np.stack([packed >> shift & 3 for shift in (0, 2, 4, 6)], axis=-1).reshape(*packed.shape[:-1], -1)
 
 
-def with_pages(form: StateFormat, state: Any, length: int, pages: Float[np.ndarray, "K P 2 g H"]) -> Any:
-    """The state with these pages, of which `length` tokens count, for its history."""
-    history = history_of(state)
-    if isinstance(history, DeviceHistory):
-        history = replace(history, pages=jnp.array(pages), length=jnp.int32(length))
-    else:
-        places = np.asarray(window_places(jnp.int32(length), form.hga).pages)
-        window = jnp.array(pages[:, np.clip(places, 0, pages.shape[1] - 1)])
-        on_host = jnp.array(pages) if jax.default_backend() == "cpu" else jax.device_put(pages, history.pages.sharding)
-        history = replace(history, pages=on_host, window=window, length=jnp.int32(length))
-    return replace(state, history=history) if isinstance(state, LayerState) else history
+class Blank:
+    """What states that hold stored tokens are made of beside those: shapes, and empty arrays for what is not stored."""
+
+    def __init__(self, backend: AttentionBackend, form: StateFormat, capacity: int):
+        def state() -> Any:
+            return backend.init_state(capacity, form.kv_heads, form.head_dim, jnp.dtype(form.dtype))
+
+        self.form, self.shapes = form, jax.eval_shape(state)
+        self._marks = jax.jit(lambda: getattr(state(), "marks", None))  # the compiler drops what is not asked for
+
+    @property
+    def on_host(self) -> bool:
+        """Whether pages live in host memory."""
+        return isinstance(history_of(self.shapes), HostHistory)
+
+    def window(self, length: int, pages: Float[np.ndarray, "K P 2 g H"]) -> Array | None:
+        """The windows of a history in host memory, from all its pages; None for the others, which have them among their pages."""
+        if not self.on_host:
+            return None
+        places = np.asarray(window_places(jnp.int32(length), self.form.hga).pages)
+        return jnp.array(pages[:, np.clip(places, 0, pages.shape[1] - 1)])
+
+    def state(
+        self, length: int, pages: Float[Array, "K P 2 g H"], window: Array | None, summaries: list[np.ndarray], notes: np.ndarray | None
+    ) -> Any:
+        """A layer's state that holds `length` tokens. For the last two see `with_memory`."""
+        held = {"pages": pages, "length": jnp.int32(length)} | ({"window": window} if self.on_host else {})
+        history = replace(history_of(self.shapes), **held)
+        if not isinstance(self.shapes, LayerState):
+            return history
+        leaves, tree = jax.tree.flatten(self.shapes.summaries)
+        filled = [jnp.array(data, leaf.dtype) for data, leaf in zip(summaries, leaves, strict=True)]
+        if self.on_host:
+            filled = [put_on_host(part) for part in filled]
+        stamps = None if self.shapes.stamps is None else _stamps(self.form, self.shapes.stamps.shape, length, notes)
+        return replace(
+            self.shapes, history=history, summaries=jax.tree.unflatten(tree, filled), stamps=stamps, marks=self._marks()
+        )  # fmt: skip
 
 
 def with_memory(form: StateFormat, state: Any, length: int, summaries: list[np.ndarray], notes: UInt8[np.ndarray, "K P"] | None) -> Any:
     """The state with these summaries, and the requests that matter to queries from token `length` on."""
-    if not isinstance(state, LayerState):
-        return state
     leaves, tree = jax.tree.flatten(state.summaries)
-    filled = [_like(leaf, data) for data, leaf in zip(summaries, leaves, strict=True)]
-    stamps = state.stamps
-    if form.note is not None and notes is not None:
-        known = np.full(stamps.shape, -2, np.int32)
-        count = min(notes.shape[1], stamps.shape[1])
+    filled = jax.tree.unflatten(tree, [jnp.array(data, leaf.dtype) for data, leaf in zip(summaries, leaves, strict=True)])
+    stamps = None if state.stamps is None else _stamps(form, state.stamps.shape, length, notes)
+    return replace(state, summaries=filled, stamps=stamps)
+
+
+def _stamps(form: StateFormat, shape: tuple[int, ...], length: int, notes: np.ndarray | None) -> Array:
+    known = np.full(shape, -2, np.int32)
+    if notes is not None:
+        count = min(notes.shape[1], shape[1])
         lately = notes[:, :count].astype(np.int32)
         known[:, :count] = np.where(lately > 0, length // form.chunk_size - 2 + lately, -2)
-        stamps = jnp.array(known)
-    return replace(state, summaries=jax.tree.unflatten(tree, filled), stamps=stamps)
-
-
-def _like(array: Array, data: np.ndarray) -> Array:
-    """The data in the dtype and the memory of an array."""
-    if not is_host(array):
-        return jnp.array(data, array.dtype)
-    return jax.device_put(data.astype(array.dtype), array.sharding)
+    return jnp.array(known)

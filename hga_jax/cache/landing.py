@@ -1,0 +1,97 @@
+"""Host memory that files are read into, on the way to where the history lives, without a copy by the CPU in between.
+
+On a CPU a JAX array takes the memory over. On a GPU it is a few pinned arrays used in turn: a copy of pageable memory to an H100 runs at
+8 GB/s, of pinned memory at 46 GB/s, and back to pinned memory at 44 GB/s.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import math
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from hga_jax.cache.host import put_on_host
+
+ALIGNMENT = 64  # bytes: XLA's CPU client takes such memory as it is, and copies other
+logger = logging.getLogger("hga_jax")
+
+
+class Room(NamedTuple):
+    """data: to be filled. array: the pinned array whose memory it is; None where there is none."""
+
+    data: np.ndarray
+    array: Array | None
+
+
+class Landing:
+    """Rooms of one shape, zero at first, at most `count` of them out at a time.
+
+    Who fills less of a room than another did before leaves that one's data in the rest.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: Any, count: int):
+        self.shape, self.dtype, self.left = shape, np.dtype(dtype), count
+        self._free: list[Room] = []
+
+    def room(self) -> Room | None:
+        """A room to fill, or None while all are out."""
+        if self._free:
+            return self._free.pop()
+        if not self.left:
+            return None
+        self.left -= 1
+        return self._new()
+
+    def take(self, room: Room, tier: Literal["device", "host"]) -> Array:
+        """What the room holds, as an array on the device or in pinned host memory. The room may be handed out again."""
+        if jax.default_backend() == "cpu":
+            self.left += 1
+            return jax.device_put(room.data)
+        source = room.data.copy() if room.array is None else room.array  # JAX may go on reading what it is given
+        array = jax.device_put(source, jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="device"))
+        array.block_until_ready()
+        self._free.append(room)
+        return put_on_host(array) if tier == "host" else array
+
+    def _new(self) -> Room:
+        if jax.default_backend() == "cpu":
+            return Room(aligned_zeros(self.shape, self.dtype), None)
+        array = put_on_host(jnp.zeros(self.shape, self.dtype))
+        view = writable_view(array)
+        if view is None:
+            logger.warning("stored pages pass through pageable memory: pinned arrays cannot be written in place here")
+            return Room(np.zeros(self.shape, self.dtype), None)
+        return Room(view, array)
+
+
+def aligned_zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Zeros in memory that begins at a multiple of ALIGNMENT."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.zeros(size + ALIGNMENT, np.uint8)
+    first = -raw.ctypes.data % ALIGNMENT
+    return raw[first : first + size].view(dtype).reshape(shape)
+
+
+def writable_view(array: Array) -> np.ndarray | None:
+    """The memory of an array on the host, to be written by whoever made the array and shows it to nobody else; None when that fails.
+
+    JAX does not promise that this works, so it is tried: what is written must arrive on the device.
+    """
+    try:
+        array.block_until_ready()
+        memory = (ctypes.c_uint8 * array.nbytes).from_address(array.unsafe_buffer_pointer())
+        memory.owner = array  # lives as long as any view of its memory
+        view = np.frombuffer(memory, np.uint8)
+        view[[0, -1]] = 1, 2
+        seen = np.asarray(jax.device_put(array, jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="device")))
+        arrived = seen.reshape(-1).view(np.uint8)[[0, -1]].tolist() == [1, 2]
+        view[[0, -1]] = 0
+    except (ValueError, RuntimeError, NotImplementedError):
+        return None
+    return view.view(array.dtype).reshape(array.shape) if arrived else None
