@@ -41,11 +41,9 @@ class How:
         """Arguments of operations without tunables."""
         return {"implementation": self.implementation, "interpret": self.interpret}
 
-    def attention(self, lists: int = 1) -> dict[str, Any]:
-        """Arguments of the operations of routed_decode_attention. lists: page lists that one launch reads."""
-        usual = AttentionConfig()
-        config = replace(usual, splits=2, window_splits=2) if self.interpret else replace(usual, splits=lists * usual.splits)
-        return self.plain() | {"config": config}
+    def attention(self) -> dict[str, Any]:
+        """Arguments of the operations of routed_decode_attention."""
+        return self.plain() | ({"config": AttentionConfig(splits=2, window_splits=2)} if self.interpret else {})
 
     def sketch(self) -> dict[str, Any]:
         """Arguments of the operations of sketch_routing."""
@@ -169,15 +167,14 @@ def _attend_remembered(
     recent = own_chunk - 1
     if isinstance(history, HostHistory) and bank is None:
         # Pages that are open anyway come over PCIe while the sketches are scanned.
-        carried, _, _ = _attend_listed(query, before, history.pages, None, state.stamps, recent, scale, how)
+        carried, _, _ = _attend_listed(query, before, None, history.pages, None, state.stamps, recent, scale, how)
         found = _route_sketch(query, windows, state, position, config, scale, how)
-        fresh, _, _ = _attend_listed(query, found.fresh, history.pages, None, found.stamps, recent, scale, how)
+        fresh, _, _ = _attend_listed(query, found.fresh, None, history.pages, None, found.stamps, recent, scale, how)
         partials, hits = [windows, carried, fresh], None
     else:
-        # From device memory all pages together cost less than a launch more beside the scan (measured on an H100: 4 us a layer).
+        # From device memory all pages cost less in one launch after the selection than in two, of which one slows the scan beside it.
         found = _route_sketch(query, windows, state, position, config, scale, how)
-        pages = PageList(*(jnp.concatenate(pair, axis=1) for pair in zip(before, found.fresh, strict=True)))
-        visible, bank, hits = _attend_listed(query, pages, history.pages, bank, found.stamps, recent, scale, how, lists=2)
+        visible, bank, hits = _attend_listed(query, before, found.fresh, history.pages, bank, found.stamps, recent, scale, how)
         partials = [windows, visible]
     merged = merge(partials, query.dtype, hand_over=tuple(zip(found.carried, before, strict=True)), **how.attention())
     history = history if bank is None else replace(history, bank=bank)
@@ -208,16 +205,16 @@ def _route_sketch(
 def _attend_listed(
     query: Float[Array, "K G H"],
     listed: PageList,
+    more: PageList | None,
     store: Float[Array, "K P 2 g H"],
     bank: Bank | None,
     recency: Int[Array, "K P"],
     needed: Int[Array, ""],
     scale: float,
     how: How,
-    lists: int = 1,
 ) -> tuple[Partial, Bank | None, Int[Array, " K"] | None]:
-    """Listed pages from the store, through the bank where there is one; (partial result, bank, pages found in it)."""
-    settings = how.attention(lists) | {"parts": listed.count.shape[1]}
+    """The pages of one or two lists from the store, through the bank where there is one; (partial result, bank, pages found in it)."""
+    settings = how.attention() | {"parts": listed.count.shape[1], "more": None if more is None else tuple(more)}
     if bank is None:
         return page_attention(query, listed.ids, listed.count, store, scale=scale, **settings)[0], None, None
     bank, plan = plan_bank(bank, listed.ids, listed.count, recency, needed, **settings)

@@ -79,6 +79,26 @@ def test_no_pages_and_all_pages(run, listed):
 
 
 @pytest.mark.parametrize("run", RUNS)
+def test_two_lists_in_parts(run):
+    """Pages of two lists of three parts each, some empty, some full."""
+    how, rng = settings(run), np.random.default_rng(3)
+    query, window, valid, store = problem(2, 4, 64, pages=30, group=8, windows=3, dtype=np.float32)
+    lists, listed = [], [[], []]
+    for pages in (range(15), range(15, 30)):
+        ids, counts = np.full((2, 12), 2**20, np.int32), np.zeros((2, 3), np.int32)  # what lies beyond the counts must not matter
+        for k in range(2):
+            for part, count in enumerate(rng.permutation([0, 2, 4])):
+                chosen = rng.permutation([page for page in pages if page % 3 == part])[:count]
+                ids[k, 4 * part : 4 * part + count], counts[k, part] = chosen, count
+                listed[k] += list(chosen)
+        lists.append((jnp.asarray(ids), jnp.asarray(counts)))
+    part, *_ = decode.window_attention(query, window, jnp.asarray(valid), scale=0.125, **how)
+    routed, _ = decode.page_attention(query, *lists[0], store, more=lists[1], parts=3, scale=0.125, **how)
+    expected = reference_attention(query, window, valid, store, listed, None, 0.125)
+    np.testing.assert_allclose(decode.merge([part, routed], np.float32, **how).out, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("run", RUNS)
 def test_each_head_sees_its_own_pages(run):
     how, rng = settings(run), np.random.default_rng(2)
     query, window, valid, store = problem(2, 7, 64, pages=30, group=8, windows=3, dtype=np.float32)
@@ -111,8 +131,8 @@ def test_the_newest_token_joins_the_windows(run):
 
 
 @pytest.mark.parametrize("run", RUNS)
-@pytest.mark.parametrize("slots", [5, 16, 40])
-def test_bank_keeps_the_pages_used_last(run, slots):
+@pytest.mark.parametrize(("slots", "lists"), [(5, 1), (16, 1), (16, 2), (40, 1)])
+def test_bank_keeps_the_pages_used_last(run, slots, lists):
     """Twelve steps of drifting requests: outputs exact, tables consistent, the pages that stay are the most recent ones."""
     how, rng = settings(run), np.random.default_rng(5)
     query, window, valid, store = problem(2, 4, 64, pages=50, group=8, windows=2, dtype=np.float32)
@@ -124,9 +144,10 @@ def test_bank_keeps_the_pages_used_last(run, slots):
         listed = [sorted(rng.permutation(np.arange(2 * now, 2 * now + 14))[: rng.integers(0, 11)]) for _ in range(2)]
         for k in range(2):
             recency[k, listed[k]] = now
-        ids, counts = page_list(listed, 12)
-        bank, plan = decode.plan_bank(bank, ids, counts, jnp.asarray(recency), jnp.int32(now), **how)
-        more, bank = decode.page_attention(query, ids, counts, store, scale=0.125, bank=bank, plan=plan, **how)
+        ids, counts = page_list([pages[::lists] for pages in listed], 12)
+        second = page_list([pages[1::2] for pages in listed], 12) if lists == 2 else None
+        bank, plan = decode.plan_bank(bank, ids, counts, jnp.asarray(recency), jnp.int32(now), more=second, **how)
+        more, bank = decode.page_attention(query, ids, counts, store, scale=0.125, more=second, bank=bank, plan=plan, **how)
         expected = reference_attention(query, window, valid, store, listed, None, 0.125)
         np.testing.assert_allclose(decode.merge([part, more], np.float32, **how).out, expected, atol=1e-5)
         pages, page_slot, slot_page = (np.asarray(x) for x in (bank.pages, bank.page_slot, bank.slot_page))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 
 import jax
@@ -145,36 +144,43 @@ def _page_kernel(
     ids_ref,  # [K, M] i32 device
     counts_ref,  # [K, parts or more] i32 device: how many pages each part of ids lists
     store_ref,  # [K, P, 2, g, H] pinned host, or device when the whole history is there
-    *refs,  # heads_ref [K, M] i32 device (bit n: head n sees the page), when masked; then with a bank, in and out:
-    # source [K, M] i32, victims [K, M] i32, bank [K, slots, 2, g, H], page_slot [K, P] i32, slot_page [K, slots] i32, all device;
+    *refs,  # with two lists, ids and counts of the second; when masked, heads_ref [K, M] i32 device (bit n: head n sees the page); then
+    # with a bank, in and out: source [K, lists * M] i32, victims [K, lists * M] i32, bank [K, slots, 2, g, H], page_slot [K, P] i32,
+    # slot_page [K, slots] i32, all device;
     # then out: acc [K, splits, G, H] f32, stats [K, splits, 2, G] f32 device (, bank, page_slot, slot_page: the same buffers)
     scale: float,
     parts: int,
+    lists: int,
     masked: bool,
     banked: bool,
     config: Config,
 ):
     refs = list(refs)
+    listings = [(ids_ref, counts_ref), *([(refs.pop(0), refs.pop(0))] if lists == 2 else [])]
     heads_ref = refs.pop(0) if masked else None
     if banked:
         source_ref, victims_ref, _, _, _, acc_ref, stats_ref, bank_ref, page_slot_ref, slot_page_ref = refs
     else:
         acc_ref, stats_ref = refs
-    k, part_of, split = pl.program_id(0), pl.program_id(1) % parts, pl.program_id(1) // parts
-    splits, begin = config.splits // parts, part_of * (ids_ref.shape[1] // parts)
+    k, part_of, split = pl.program_id(0), pl.program_id(1) % (lists * parts), pl.program_id(1) // (lists * parts)
+    which, part_of = part_of // parts, part_of % parts
+    splits, capacity = acc_ref.shape[1] // (lists * parts), ids_ref.shape[1]
+    begin = part_of * (capacity // parts)
     group_size, head_dim = store_ref.shape[3:]
     query = _load_query(query_ref, k, scale)
     row = jnp.arange(config.tile_pages * group_size)
     dim = jnp.arange(query.shape[1])
     head = jnp.arange(query.shape[0])
-    count = begin + counts_ref[k, part_of]
-    tiles = (counts_ref[k, part_of] + config.tile_pages - 1) // config.tile_pages
+    listed = counts_ref[k, part_of]
+    for n, (_, more_ref) in enumerate(listings[1:], 1):
+        listed = jnp.where(which == n, more_ref[k, part_of], listed)
+    tiles = (listed + config.tile_pages - 1) // config.tile_pages
 
     def step(i, carry):
-        first = begin + (split + i * splits) * config.tile_pages
-        rank = first + row // group_size
-        live = rank < count
-        page = plgpu.load(ids_ref.at[k, rank], mask=live, other=0)
+        rank = begin + (split + i * splits) * config.tile_pages + row // group_size
+        live = rank < begin + listed
+        page = _listed_pages(listings, k, rank, which, live)
+        rank += which * capacity  # in the bank's plan and the masks, one list after the other
         token = (row % group_size)[:, None]
         real = (dim < head_dim)[None, :]
         if banked:
@@ -216,20 +222,30 @@ def _page_kernel(
     _write_partial(acc_ref, stats_ref, k, pl.program_id(1), lax.fori_loop(0, turns, step, _empty(*query.shape)))
 
 
-def page_attention(query, ids, counts, store, heads_mask, bank, plan, parts, *, scale: float, config: Config, interpret: bool):
-    """Partial attention over the listed pages. bank: (pages, page_slot, slot_page) or None; plan: (source, victims)."""
+def _listed_pages(listings, k, rank, which, live):
+    """Pages by their ranks in list number `which`, one number or one for each; 0 where not live."""
+    page = jnp.zeros(rank.shape, jnp.int32)
+    for n, (ids_ref, _) in enumerate(listings):
+        mine = live & (which == n)
+        page = jnp.where(mine, plgpu.load(ids_ref.at[k, jnp.where(mine, rank, 0)], mask=mine, other=0), page)
+    return page
+
+
+def page_attention(query, lists, store, heads_mask, bank, plan, parts, *, scale: float, config: Config, interpret: bool):
+    """Partial attention over the listed pages. lists: one or two (ids, counts) of equal shapes. bank: (pages, page_slot, slot_page) or
+    None; plan: (source, victims)."""
     kv_heads, heads, head_dim = query.shape
     check_offsets(store=store)
     if not power_of_two(store.shape[3]):
         raise NotImplementedError(f"group_size={store.shape[3]} must be a power of two in the kernel: use implementation='xla'")
-    if config.splits % parts:
-        config = replace(config, splits=-(-config.splits // parts) * parts)
-    arrays = [query, ids, counts, store]
+    (ids, counts), *more = lists
+    splits = len(lists) * -(-config.splits // parts) * parts
+    arrays = [query, ids, counts, store, *(x for listing in more for x in listing)]
     if heads_mask is not None:
         arrays.append(heads_mask)
     shapes = [
-        jax.ShapeDtypeStruct((kv_heads, config.splits, heads, head_dim), jnp.float32),
-        jax.ShapeDtypeStruct((kv_heads, config.splits, 2, heads), jnp.float32),
+        jax.ShapeDtypeStruct((kv_heads, splits, heads, head_dim), jnp.float32),
+        jax.ShapeDtypeStruct((kv_heads, splits, 2, heads), jnp.float32),
     ]
     aliases = {}
     if bank is not None:
@@ -238,8 +254,10 @@ def page_attention(query, ids, counts, store, heads_mask, bank, plan, parts, *, 
         aliases = {len(arrays) - 3 + i: 2 + i for i in range(3)}
         shapes += [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in bank]
     return pl.pallas_call(
-        partial(_page_kernel, scale=scale, parts=parts, masked=heads_mask is not None, banked=bank is not None, config=config),
-        grid=(kv_heads, config.splits),
+        partial(
+            _page_kernel, scale=scale, parts=parts, lists=len(lists), masked=heads_mask is not None, banked=bank is not None, config=config
+        ),
+        grid=(kv_heads, splits),
         in_specs=[pl.no_block_spec] * len(arrays),
         out_specs=[pl.no_block_spec] * len(shapes),
         out_shape=shapes,
@@ -264,8 +282,9 @@ def _merge_kernel(
     loaded = []
     for acc_ref, stats_ref in zip(parts[::2], parts[1::2], strict=True):
         splits = acc_ref.shape[1]
-        split = jnp.arange(splits)
-        peaks, totals = stats_ref[k, split, 0, n], stats_ref[k, split, 1, n]
+        split = jnp.arange(pl.next_power_of_2(splits))
+        peaks = plgpu.load(stats_ref.at[k, split, 0, n], mask=split < splits, other=-jnp.inf)
+        totals = plgpu.load(stats_ref.at[k, split, 1, n], mask=split < splits, other=0)
         acc = plgpu.load(
             acc_ref.at[k, split[:, None], n, dim[None, :]], mask=(peaks > -jnp.inf)[:, None] & (dim < head_dim)[None, :], other=0
         )
@@ -313,25 +332,32 @@ def merge(parts, dtype, handed, *, config: Config, interpret: bool) -> tuple[Arr
 
 
 def _plan_kernel(
-    ids_ref,  # [K, M] i32 device
-    counts_ref,  # [K, parts or more] i32 device
-    page_slot_ref,  # [K, P] i32 device: -1 where the page has no slot
-    slot_page_ref,  # [K, slots] i32 device: -1 where the slot is empty
-    recency_ref,  # [K, P] i32 device: when the page was last requested
-    needed_ref,  # [1] i32 device: pages at least this recent are needed now
-    page_slot_out_ref,  # [K, P] i32 device, the same buffer: pages that lose their slot get -1
-    source_ref,  # [K, M] i32 device, out: slot of a page in the bank, -1 - (rank among the missed) of one that is not
-    victims_ref,  # [K, M] i32 device, out: slot for each missed page, -1 where none is free
-    hits_ref,  # [K] i32 device, out
-    *,
+    *refs,  # ids [K, M] i32 and counts [K, parts or more] i32 of each list, device; then, device:
+    # page_slot [K, P] i32: -1 where the page has no slot
+    # slot_page [K, slots] i32: -1 where the slot is empty
+    # recency [K, P] i32: when the page was last requested
+    # needed [1] i32: pages at least this recent are needed now
+    # out: page_slot, the same buffer: pages that lose their slot get -1
+    # source [K, lists * M] i32: slot of a page in the bank, -1 - (rank among the missed) of one that is not
+    # victims [K, lists * M] i32: slot for each missed page, -1 where none is free
+    # hits [K] i32
     parts: int,
+    lists: int,
 ):
+    listings = list(zip(refs[: 2 * lists : 2], refs[1 : 2 * lists : 2], strict=True))
+    page_slot_ref, slot_page_ref, recency_ref, needed_ref, page_slot_out_ref, source_ref, victims_ref, hits_ref = refs[2 * lists :]
     k = pl.program_id(0)
-    capacity, slots = ids_ref.shape[1], slot_page_ref.shape[1]
+    each, slots = listings[0][0].shape[1], slot_page_ref.shape[1]
+    capacity = lists * each
     needed = needed_ref[0]
-    rank, room = jnp.arange(pl.next_power_of_2(capacity)), capacity // parts
-    live = rank % room < plgpu.load(counts_ref.at[k, rank // room], mask=rank < capacity, other=0)
-    page = plgpu.load(ids_ref.at[k, rank], mask=live, other=0)
+    rank, room = jnp.arange(pl.next_power_of_2(capacity)), each // parts
+    which, place = rank // each, rank % each
+    listed = jnp.zeros(rank.shape, jnp.int32)
+    for n, (_, counts_ref) in enumerate(listings):
+        mine = which == n
+        listed = jnp.where(mine, plgpu.load(counts_ref.at[k, jnp.where(mine, place // room, 0)], mask=mine, other=0), listed)
+    live = place % room < listed
+    page = _listed_pages(listings, k, place, which, live)
     slot = plgpu.load(page_slot_ref.at[k, page], mask=live, other=-1)
     missed = (live & (slot < 0)).astype(jnp.int32)
     misses = jnp.sum(missed)
@@ -369,23 +395,24 @@ def _plan_kernel(
         plgpu.store(victims_ref.at[k, rank], jnp.full_like(rank, -1), mask=(rank >= wanted) & (rank < capacity))
 
 
-def plan_bank(ids, counts, page_slot, slot_page, recency, needed, parts, *, config: Config, interpret: bool):
-    """Where each listed page is or will be: (page_slot without the evicted, source, victims, hits)."""
-    kv_heads, capacity = ids.shape
+def plan_bank(lists, page_slot, slot_page, recency, needed, parts, *, config: Config, interpret: bool):
+    """Where each page of one or two lists (ids, counts) is or will be: (page_slot without the evicted, source, victims, hits)."""
+    kv_heads, capacity = lists[0][0].shape[0], len(lists) * lists[0][0].shape[1]
+    arrays = [x for listing in lists for x in listing]
     check_offsets(recency=recency)
     return pl.pallas_call(
-        partial(_plan_kernel, parts=parts),
+        partial(_plan_kernel, parts=parts, lists=len(lists)),
         grid=(kv_heads,),
-        in_specs=[pl.no_block_spec] * 6,
+        in_specs=[pl.no_block_spec] * (len(arrays) + 4),
         out_specs=[pl.no_block_spec] * 4,
         out_shape=[
             jax.ShapeDtypeStruct(shape, jnp.int32) for shape in (page_slot.shape, (kv_heads, capacity), (kv_heads, capacity), (kv_heads,))
         ],
-        input_output_aliases={2: 0},
+        input_output_aliases={len(arrays): 0},
         compiler_params=plgpu.CompilerParams(num_warps=config.bank_warps, num_stages=1),
         interpret=interpret,
         name="plan_bank",
-    )(ids, counts, page_slot, slot_page, recency, needed)
+    )(*arrays, page_slot, slot_page, recency, needed)
 
 
 def _copy_kernel(
