@@ -53,8 +53,8 @@ class Screen:
 
     Pages weighed by mean and three spreads overrate the mass, which `threshold` makes good: Qwen2.5-Coder-0.5B, 32,768 tokens, three texts:
     full scan +0.0073 nats (4,132 tokens fetched), as set here +0.0089 (4,027), with threshold 1 +0.0330 (1,941). Spread 1 loses 0.060 on
-    source code (SmolLM2-135M, 4,096 tokens; full scan 0.0029): single tokens that match a query far better than their page's mean does are what
-    must not be missed. A diagonal variance in place of one number a page gained nothing.
+    source code (SmolLM2-135M, 4,096 tokens; full scan 0.0029): single tokens that match a query far better than their page's mean does are
+    what must not be missed. A diagonal variance in place of one number a page gained nothing.
     """
 
     stride: int = 4
