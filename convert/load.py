@@ -42,13 +42,14 @@ def load_decoder(
     fp8: Literal["keep", "dequantize"] = "keep",
     host_bytes: int = HOST_BYTES,
     readers: int = READERS,
+    host_experts: int = 0,
 ) -> tuple[Decoder, ModelConfig]:
     """Open a checkpoint: a Hugging Face directory, a GGUF file, or a directory that `python -m convert` wrote.
 
     dtype: of the weights that are not FP8: bfloat16, float16 or float32; None keeps the checkpoint's (bfloat16 for a quantised GGUF).
     sharding: a device, a sharding, or a function from a weight's path ("layers.0.attention.q.weight") to its sharding; None: the default
-    device, and what hga_jax.placement puts into its host memory. progress hears (bytes done, of how many). fp8="dequantize" turns FP8
-    weights into plain ones of `dtype`.
+    device, and what hga_jax.placement puts into its host memory, the experts of host_experts layers among it. progress hears (bytes done,
+    of how many). fp8="dequantize" turns FP8 weights into plain ones of `dtype`.
     host_bytes bounds the host memory in use while the weights stream (one layer at least), readers is how many threads read.
 
     The tensors are compared with what the config asks for before any is copied. Raises ValueError, one line: no checkpoint there, damaged
@@ -61,7 +62,7 @@ def load_decoder(
         saved = checkpoint.read_settings(path)
         config, dtype = saved.config, check_dtype(saved.dtype if dtype is None else dtype)
         decoder = Decoder.abstract(config, dtype)
-        place = _placement(sharding, config)
+        place = _placement(sharding, config, host_experts)
         arrays = checkpoint.restore(path, array_targets(decoder), place, progress)
         leaves = dict(_leaves(arrays, config, dtype, fp8, place))
     else:
@@ -71,8 +72,8 @@ def load_decoder(
             decoder = Decoder.abstract(config, dtype)
             targets = array_targets(decoder)
             check_source(source, targets)
-            final = _placement(sharding, config)
-            place = final if fp8 == "keep" else _placement(None, config)
+            final = _placement(sharding, config, host_experts)
+            place = final if fp8 == "keep" else _placement(None, config, 0)
             buffers = _buffers(place, targets, host_bytes)
 
             def put(key: str, host: np.ndarray) -> tuple[jax.Array, bool]:
@@ -146,11 +147,12 @@ def with_weights(decoder: Decoder, leaves: Mapping[str, Weight]) -> Decoder:
     return nnx.merge(graph, nnx.from_flat_state(filled))
 
 
-def _placement(sharding: Placement, config: ModelConfig) -> Callable[[str], jax.sharding.Sharding]:
+def _placement(sharding: Placement, config: ModelConfig, host_experts: int) -> Callable[[str], jax.sharding.Sharding]:
     """What `sharding` means for an array key; FP8 values and scales follow their weight."""
     if sharding is None:
         device = jax.config.jax_default_device or jax.local_devices()[0]
-        place = default_placement(config, jax.local_devices(backend=device)[0] if isinstance(device, str) else device)
+        device = jax.local_devices(backend=device)[0] if isinstance(device, str) else device
+        place = default_placement(config, device, host_experts)
         return lambda key: place(split_key(key)[0])
     if isinstance(sharding, jax.Device):
         sharding = jax.sharding.SingleDeviceSharding(sharding)

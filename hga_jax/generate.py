@@ -86,7 +86,7 @@ def run(options: argparse.Namespace) -> int:
     from hga_jax.config import HGAConfig, parse_threshold
     from hga_jax.language_model import make_backend
     from hga_jax.loading import default_dtype, load_model, locate_model
-    from hga_jax.plan import place_history
+    from hga_jax.plan import layers_to_host, place_history
 
     choose_device(jax, options.device)
     use_compilation_cache(jax)
@@ -102,7 +102,13 @@ def run(options: argparse.Namespace) -> int:
 
     def plan_for(config: Any, dtype: Any) -> Any:
         backend = make_backend(options.attention, config, hga)
-        return place_history(config, backend, options.ctx, dtype, options.kv_store, options.host_memory)[1]
+        layers = layers_to_host(config, backend, options.ctx, dtype, options.kv_store)
+        return place_history(config, backend, options.ctx, dtype, options.kv_store, options.host_memory, host_experts=layers)[1]
+
+    def check(config: Any, dtype: Any) -> int:
+        plan = plan_for(config, dtype)
+        plan.check()
+        return plan.expert_layers
 
     if options.plan:
         from convert import read_config
@@ -118,7 +124,7 @@ def run(options: argparse.Namespace) -> int:
     with _bar(None, "loading", unit="B", unit_scale=True) as bar:
         model = load_model(
             options.model, dtype=dtype, progress=lambda done, total: _advance(bar, done, total),
-            before_weights=lambda config, dtype: plan_for(config, dtype).check(),
+            before_weights=check,
         )  # fmt: skip
     if demo:
         print_demo(prompt)

@@ -15,10 +15,12 @@ from jaxtyping import Array, Float, Int
 from hga_jax import programs
 from hga_jax.attention import HGAAttention
 from hga_jax.backend import AttentionBackend, DenseAttention, Stats
+from hga_jax.cache.host import is_host
 from hga_jax.cache.tiers import on_disk
 from hga_jax.config import HGAConfig, ModelConfig, RopeConfig
 from hga_jax.generation import GenerateResult, Generation
-from hga_jax.model import Decoder
+from hga_jax.model import Decoder, weight_leaves
+from hga_jax.placement import EXPERTS
 from hga_jax.plan import place_history
 from hga_jax.rope import resolve_rope
 from hga_jax.sampling import Sampling
@@ -56,6 +58,12 @@ class LanguageModel:
     @property
     def dtype(self) -> Any:
         return self._decoder.embedding.get_value().dtype
+
+    @property
+    def host_experts(self) -> int:
+        """In how many layers the experts lie in pinned host memory (see hga_jax.placement)."""
+        experts = [leaf for path, leaf in weight_leaves(self._decoder).items() if EXPERTS.fullmatch(path) and path.endswith("gate")]
+        return sum(is_host(jax.tree.leaves(leaf)[0]) for leaf in experts)
 
     def with_rope(self, rope: RopeConfig) -> LanguageModel:
         """The same weights under other rotary settings."""
@@ -161,7 +169,7 @@ class LanguageModel:
                  "on_text": on_text, "on_prefill": on_prefill},
                 on_notice,
             )  # fmt: skip
-        backend, plan = place_history(self.config, backend, ctx, self.dtype, kv_store)
+        backend, plan = place_history(self.config, backend, ctx, self.dtype, kv_store, host_experts=self.host_experts)
         plan.check()
         generation = Generation(self, backend, ids, ctx, sampling, seed, stop, segment=plan.segment)
         return generation.run(max_new_tokens, plan.tier, scaling_note, on_text, on_prefill)

@@ -46,20 +46,24 @@ def load_model(
     *,
     dtype: Any = None,
     progress: Callable[[int, int], None] | None = None,
-    before_weights: Callable[[ModelConfig, Any], Plan | None] | None = None,
+    before_weights: Callable[[ModelConfig, Any], int | None] | None = None,
+    host_experts: int = 0,
 ) -> LanguageModel:
     """Open a checkpoint: a Hugging Face directory, a GGUF file, a directory that `python -m convert` wrote, a hub id, or None.
 
     None is SmolLM2-135M-Instruct, fetched once into the user's cache.
     dtype: of weights and K/V (FP8 weights stay FP8); default float32 on a CPU, bfloat16 elsewhere.
     progress hears (bytes done, of how many). before_weights is called with the config and dtype before any weight is read, so that a
-    plan can refuse in time. Raises ValueError with one line that says what to do.
+    plan can refuse in time; what it returns, if anything, replaces host_experts. host_experts: in how many layers the experts lie in pinned
+    host memory, which makes room on an NVIDIA GPU for long histories (hga_jax.plan.layers_to_host says how many a context asks for).
+    Raises ValueError with one line that says what to do.
     """
     from convert import load_decoder, read_config, read_tokenizer
 
     path, name = locate_model(model)
     dtype = default_dtype() if dtype is None else dtype
     if before_weights is not None:
-        before_weights(read_config(path), dtype)
-    decoder, config = load_decoder(path, dtype=dtype, progress=progress)
+        asked = before_weights(read_config(path), dtype)
+        host_experts = host_experts if asked is None else asked
+    decoder, config = load_decoder(path, dtype=dtype, progress=progress, host_experts=host_experts)
     return LanguageModel(decoder, config, read_tokenizer(path), name)

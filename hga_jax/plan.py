@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -15,12 +17,13 @@ from hga_jax.backend import AttentionBackend
 from hga_jax.cache.tiers import choose_tier
 from hga_jax.config import HGAConfig, ModelConfig
 from hga_jax.model import Decoder, weight_leaves
-from hga_jax.placement import on_host
+from hga_jax.placement import EXPERTS, hosted_layers, on_host
 from hga_jax.programs import LAYERS_UNDER_WAY, SEGMENT, SUPER_BLOCK, padded_size, segment_of
 
 GIB = 2**30
 BANK_SHARE = 1 / 8  # of the history's pages: several times what is open at a time at 64K, so that hardly one is fetched twice
 DECODE_ROOM = 2**28  # bytes left free beside what decoding is planned to hold: the compiler's temporaries, fragments
+BANK_WORTH = 128  # pages of a kv head: about what a token sees, read from host memory for every token unless they are in a bank
 PCIE = 46e9  # bytes a second, measured on PCIe 5 x16
 MAIN_MEMORY = "available main memory"
 
@@ -29,7 +32,8 @@ MAIN_MEMORY = "available main memory"
 class Plan:
     """Bytes by purpose, the memory they share and its limit (None: unknown).
 
-    host_weights: bytes of weights that lie in pinned host memory, outside the total.
+    host_weights: bytes of weights that lie in pinned host memory, outside the total; host_experts: of them the experts of expert_layers
+    layers, of which a token reads expert_reads over PCIe. Prefill brings one layer's at a time to the device (streamed).
     host: bytes of `history` that lie in host memory instead, and host_limit what there is of it; working: the device buffer that one
     layer's history passes through in prefill. Both 0 with the device tier. segment: tokens that prefill takes through a layer at a time.
     prefill_summaries: bytes of `summaries` on the device while prefill is at work. host_summaries: bytes of them that stay in host memory
@@ -54,6 +58,10 @@ class Plan:
     prefill_summaries: int = 0
     host_summaries: int = 0
     host_layers: int = 0
+    host_experts: int = 0
+    expert_layers: int = 0
+    expert_reads: int = 0
+    streamed: int = 0
 
     @property
     def lasting(self) -> int:
@@ -63,7 +71,7 @@ class Plan:
     @property
     def prefill_total(self) -> int:
         """Bytes in the memory that is planned for, while prefill is at work."""
-        return self.lasting + self.prefill_summaries + self.working + self.activations
+        return self.lasting + self.prefill_summaries + self.working + self.streamed + self.activations
 
     @property
     def decode_total(self) -> int:
@@ -91,8 +99,13 @@ class Plan:
         beside = f"; the history ({self.host / GIB:.3f}) is in host memory" if self.host else ""
         phases = f"{self.prefill_total / GIB:.3f} in prefill, {self.decode_total / GIB:.3f} in decoding"
         lines.append(f"{'total':14}{self.total / GIB:9.3f}  in {self.memory}: {phases}{beside}")
-        if self.host_weights:
-            lines.append(f"{'embedding':14}{self.host_weights / GIB:9.3f}  in pinned host memory: a token reads one row")
+        if table := self.host_weights - self.host_experts:
+            lines.append(f"{'embedding':14}{table / GIB:9.3f}  in pinned host memory: a token reads one row")
+        if self.host_experts:
+            lines.append(
+                f"{'experts':14}{self.host_experts / GIB:9.3f}  in pinned host memory, those of {self.expert_layers} layers: "
+                f"{_over_pcie(self.expert_reads)}; prefill has one layer's on the device ({self.streamed / GIB:.3f})"
+            )
         if self.limit is not None:
             lines.append(f"{'available':14}{self.limit / GIB:9.3f}")
         return "\n".join(lines)
@@ -102,10 +115,8 @@ class Plan:
         if self.prefill_summaries < self.summaries:
             note += f"; {self.prefill_summaries / GIB:.3f} of it on the device in prefill"
         if self.host_summaries:
-            note += (
-                f"; {self.host_summaries / GIB:.3f}, those of {self.host_layers} layers, in host memory in decoding: "
-                f"every token reads them over PCIe (about {self.host_summaries / PCIE * 1e3:.0f} ms on PCIe 5 x16)"
-            )
+            where = f"{self.host_summaries / GIB:.3f}, those of {self.host_layers} layers, in host memory in decoding"
+            note += f"; {where}: {_over_pcie(self.host_summaries)}"
         return note
 
     def as_json(self) -> dict[str, Any]:
@@ -139,17 +150,30 @@ class Plan:
         )
 
 
+def _over_pcie(read: int) -> str:
+    return f"a token reads {read / 1e6:,.0f} MB over PCIe (about {read / PCIE * 1e3:.1f} ms on PCIe 5 x16)"
+
+
 def make_plan(
-    config: ModelConfig, backend: AttentionBackend, ctx: int, dtype: Any, device: jax.Device | None = None, parks: bool = True
+    config: ModelConfig,
+    backend: AttentionBackend,
+    ctx: int,
+    dtype: Any,
+    device: jax.Device | None = None,
+    *,
+    parks: bool = True,
+    host_experts: int = 0,
 ) -> Plan:
-    """Count the bytes of a run of `ctx` tokens. Nothing is read or allocated.
+    """Count the bytes of a run of `ctx` tokens. Nothing is read or allocated. host_experts: as in placement.on_host.
 
     parks: whether the host tier's summaries are on the device for two layers at a time in prefill; a history on disk keeps them all there.
     """
     device = device or jax.devices()[0]
-    leaves = {path: _bytes(leaf) for path, leaf in weight_leaves(Decoder.abstract(config, dtype)).items()}
-    host_weights = sum(size for path, size in leaves.items() if on_host(path, config, device))
-    weights = sum(leaves.values()) - host_weights
+    leaves = _weight_bytes(config, jnp.dtype(dtype).name)
+    hosted = {path: size for path, size in leaves.items() if on_host(path, config, device, host_experts)}
+    experts = sum(size for path, size in hosted.items() if EXPERTS.fullmatch(path))
+    expert_layers = len(hosted_layers(config, host_experts)) if experts else 0
+    host_weights, weights = sum(hosted.values()), sum(leaves.values()) - sum(hosted.values())
     state = jax.eval_shape(lambda: backend.before_decoding((backend.init_state(ctx, config.kv_heads, config.head_dim, dtype),))[0])
     sizes, movable = {"history": 0, "windows": 0, "bank": 0, "summaries": 0}, [0]
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
@@ -166,6 +190,8 @@ def make_plan(
         ctx, weights, host_weights, **sizes, activations=0, tier=tier, memory=memory, limit=limit, working=working,
         host=sizes["history"] if apart else 0, host_limit=_main_memory()[1] if apart else None,
         prefill_summaries=sizes["summaries"] - parked, host_summaries=host_layers * max(movable), host_layers=host_layers,
+        host_experts=experts, expert_layers=expert_layers, streamed=experts // max(expert_layers, 1),
+        expert_reads=experts * config.experts_per_token // max(config.experts, 1),
     )  # fmt: skip
     for segment in segments(padded_size(ctx, SEGMENT, SUPER_BLOCK)):
         activations = activation_bytes(config, ctx, jnp.dtype(dtype).itemsize, segment, getattr(backend, "config", None))
@@ -173,6 +199,12 @@ def make_plan(
         if limit is None or plan.prefill_total <= limit:
             break
     return plan
+
+
+@cache
+def _weight_bytes(config: ModelConfig, dtype: str) -> dict[str, int]:
+    """Bytes of every weight by its path."""
+    return {path: _bytes(leaf) for path, leaf in weight_leaves(Decoder.abstract(config, jnp.dtype(dtype))).items()}
 
 
 def has_own_memory(device: jax.Device) -> bool:
@@ -187,26 +219,29 @@ def segments(size: int) -> list[int]:
 
 
 def activation_bytes(config: ModelConfig, ctx: int, width: int, tokens: int, hga: HGAConfig | None) -> int:
-    """Bytes of prefill's temporaries with segments of `tokens` tokens, `width` bytes a value: the super-block's activations and the larger
-    of a segment's two halves.
+    """Bytes of prefill's temporaries with segments of `tokens` tokens, `width` bytes a value: the super-block's activations and the largest
+    of a segment's three parts.
 
-    Attention: input, normalised input, float32 products of q, k, v, the same turned, outputs. Expert MLP: a row of F and one of D for each
-    token and chosen expert (see pallas_kernels.moe_prefill), input, normalised input, output. Beside them, unless attention is dense (`hga`
-    None), what routing makes for a layer: the history's keys as their sketches remember them, page means, page lists, and a byte a block
-    and page in up to six tables; where all sketches are scanned, the keys in 8 bits as well.
+    Projections: input, normalised input, float32 products of q, k, v, the same turned, outputs. Attention, unless dense (`hga` None): q, k,
+    v, outputs, and what routing makes for a layer: the history's keys as their sketches remember them, page means, page lists, and a byte a
+    block and page in up to six tables; where all sketches are scanned, the keys in 8 bits as well. Expert MLP: a row of F and one of D for each token and chosen expert (see
+    pallas_kernels.moe_prefill), input, normalised input, output.
+    The compiler's own figures for Qwen3-30B-A3B-FP8 are below these: 0.75, 0.62 and 1.09 GiB where this says 0.88 (262,656 tokens in
+    segments of 16,384), 0.67 (524,800 in 4,096) and 1.11 (1,049,088 in 1,024), the super-block's activations apart.
     """
     size, hidden = padded_size(ctx, SEGMENT, SUPER_BLOCK), config.hidden_size
-    heads = (config.heads + 2 * config.kv_heads) * config.head_dim
-    attention = tokens * (2 * hidden * width + heads * (4 + 2 * width) + config.heads * config.head_dim * width)
+    heads, out = (config.heads + 2 * config.kv_heads) * config.head_dim, config.heads * config.head_dim
+    projections = tokens * (2 * hidden * width + heads * (4 + 2 * width) + out * width)
     mlp = tokens * (3 * hidden * width + 3 * config.mlp_size * width)
     if config.experts:
         mlp = tokens * (3 * hidden * width + config.experts_per_token * (config.expert_size + hidden) * 2)
-    routing = 0
+    attention = 0
     if hga is not None:
         blocks, pages = tokens // hga.chunk_size + 1, ctx // hga.group_size
         key = config.head_dim * (width if hga.screened(ctx) else width + 1)
         routing = config.kv_heads * (ctx * key + pages * config.head_dim * width + blocks * (3 * hga.page_capacity * 8 + 6 * pages))
-    return size * hidden * width + max(attention, mlp) + routing + 2 * config.vocab_size * 4
+        attention = tokens * (hidden + heads + out) * width + routing
+    return size * hidden * width + max(projections, attention, mlp) + 2 * config.vocab_size * 4
 
 
 def place_history(
@@ -217,14 +252,18 @@ def place_history(
     kv_store: str,
     host_memory: float | None = None,
     device: jax.Device | None = None,
+    host_experts: int = 0,
 ) -> tuple[AttentionBackend, Plan]:
     """The backend with its history in the tier that `kv_store` asks for, and the plan of the run.
+
+    host_experts: layers whose experts lie in host memory, see `layers_to_host`.
 
     host_memory: GiB for the page cache of a history on disk (default: a quarter of what is free). For such a history the backend is the
     one that prefill runs on the device, a layer at a time.
     Raises ValueError when the backend has no such tier; whether the plan fits is for the caller to check.
     """
-    plan = make_plan(config, backend, ctx, dtype, device)
+    make = partial(make_plan, config, ctx=ctx, dtype=dtype, device=device, host_experts=host_experts)
+    plan = make(backend)
     if kv_store == "auto" and tier_of(backend) == "host":
         return backend, plan
     movable = isinstance(backend, HGAAttention)
@@ -234,28 +273,39 @@ def place_history(
     if not movable:
         raise ValueError(f"--kv-store {kv_store} needs attention hga: dense attention reads its whole history for every token")
     if tier == "disk":
-        plan = _plan_on_disk(config, backend, ctx, dtype, host_memory, device)
-        return replace(backend, tier="device", bank_pages=0, host_summaries=0), plan
+        on_disk = replace(backend, tier="device", bank_pages=0, host_summaries=0)
+        return on_disk, _plan_on_disk(make(replace(on_disk, tier="host"), parks=False), host_memory)
     backend = replace(backend, tier=tier)
-    plan = make_plan(config, backend, ctx, dtype, device)
-    layers = _layers_on_host(config, backend, plan, dtype, device)
-    if layers:
-        backend = replace(backend, host_summaries=layers)
-        plan = make_plan(config, backend, ctx, dtype, device)
-    bank = _bank_pages(config, backend, plan, dtype)
-    if not bank:
-        return backend, plan
-    backend = replace(backend, bank_pages=bank)
-    return backend, make_plan(config, backend, ctx, dtype, device)
+    backend = replace(backend, host_summaries=_layers_of_summaries(backend, make))
+    backend = replace(backend, bank_pages=_bank_pages(config, backend, make(backend), dtype))
+    return backend, make(backend)
 
 
-def _layers_on_host(config: ModelConfig, backend: HGAAttention, plan: Plan, dtype: Any, device: jax.Device | None) -> int:
+def layers_to_host(
+    config: ModelConfig, backend: AttentionBackend, ctx: int, dtype: Any, kv_store: str, device: jax.Device | None = None
+) -> int:
+    """In how many layers the experts had best lie in host memory, to be decided before the weights are loaded.
+
+    As few as leave room on the device for all summaries, for prefill, and for a bank of what a token sees; 0 where that is so anyway, or
+    cannot be reached.
+    """
+    most = len(hosted_layers(config, config.layers))
+    for count in range(most + 1):
+        placed, plan = place_history(config, backend, ctx, dtype, kv_store if count == 0 else "host", device=device, host_experts=count)
+        if plan.tier != "host" or not plan.host or (count and not plan.host_experts):
+            return 0
+        wanted = min(BANK_WORTH, ctx // placed.config.group_size * BANK_SHARE) if placed.config.policy == "sketch" else 0
+        if plan.fits and not plan.host_layers and placed.bank_pages >= int(wanted):
+            return count
+    return 0
+
+
+def _layers_of_summaries(backend: HGAAttention, make: Callable[[HGAAttention], Plan]) -> int:
     """In how many layers the summaries' largest array must stay in host memory for decoding to fit: as few as possible."""
+    plan, each = make(backend), make(replace(backend, host_summaries=1)).host_summaries
     if not plan.host or plan.limit is None:
         return 0
-    short = plan.decode_total + DECODE_ROOM - plan.limit
-    each = make_plan(config, replace(backend, host_summaries=1), plan.ctx, dtype, device).host_summaries
-    return min(max(-(-short // each), 0), config.layers)
+    return max(-((plan.limit - plan.decode_total - DECODE_ROOM) // each), 0)
 
 
 def _bank_pages(config: ModelConfig, backend: HGAAttention, plan: Plan, dtype: Any) -> int:
@@ -269,11 +319,8 @@ def _bank_pages(config: ModelConfig, backend: HGAAttention, plan: Plan, dtype: A
     return max(min(int(spare // page_bytes), int(plan.ctx // group * BANK_SHARE)), 0)
 
 
-def _plan_on_disk(
-    config: ModelConfig, backend: HGAAttention, ctx: int, dtype: Any, host_memory: float | None, device: jax.Device | None
-) -> Plan:
+def _plan_on_disk(plan: Plan, host_memory: float | None) -> Plan:
     """Of a history on disk, memory holds one layer at a time in prefill, and a page cache on the host."""
-    plan = make_plan(config, replace(backend, tier="host", bank_pages=0, host_summaries=0), ctx, dtype, device, parks=False)
     cache = min(page_cache_bytes(host_memory), plan.history)
     on_cpu = plan.memory == MAIN_MEMORY
     return replace(plan, tier="disk", history=cache, host=0 if on_cpu else cache, host_limit=None if on_cpu else _main_memory()[1])

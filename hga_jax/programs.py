@@ -19,6 +19,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
 from hga_jax.backend import AttentionBackend, Stats
+from hga_jax.cache.host import is_host
 from hga_jax.model import Decoder, DecoderLayer
 from hga_jax.sampling import Sampling, sample
 from pallas_kernels.dispatch import on_cuda
@@ -58,7 +59,11 @@ def prefill_layer(
     backend: AttentionBackend,
     segment: int,
 ) -> tuple[Float[Array, "S D"], Any, Stats]:
-    """Run the first `count` rows of x, tokens at positions first, first+1, ..., through one layer. S is a multiple of `segment`."""
+    """Run the first `count` rows of x, tokens at positions first, first+1, ..., through one layer. S is a multiple of `segment`.
+
+    Weights in host memory are copied to the device, once for all segments.
+    """
+    layer = _on_device(layer)
 
     def step(i: Array, carry: tuple[Array, Any, Stats]) -> tuple[Array, Any, Stats]:
         return _prefill_segment(layer, i, first, count, carry, backend, segment)
@@ -80,7 +85,7 @@ def prefill_noted_layer(
     note: Callable[[Any], Array],
 ) -> tuple[Float[Array, "S D"], Any, Stats, Array]:
     """`prefill_layer`, and what `note` says of the state after each segment, stacked: [S / segment, ...]."""
-    shape = jax.eval_shape(note, state)
+    layer, shape = _on_device(layer), jax.eval_shape(note, state)
 
     def step(i: Array, carry: tuple[tuple[Array, Any, Stats], Array]) -> tuple[tuple[Array, Any, Stats], Array]:
         done = _prefill_segment(layer, i, first, count, carry[0], backend, segment)
@@ -89,6 +94,10 @@ def prefill_noted_layer(
     start = ((x, state, stats), jnp.zeros((x.shape[0] // segment, *shape.shape), shape.dtype))
     done, noted = lax.fori_loop(0, -(-count // segment), step, start)
     return *done, noted
+
+
+def _on_device(layer: DecoderLayer) -> DecoderLayer:
+    return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Device) if is_host(x) else x, layer)
 
 
 def _prefill_segment(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from dataclasses import replace
 
 import jax
@@ -18,7 +20,7 @@ from hga_jax.backend import DenseAttention
 from hga_jax.bench.load import measure
 from hga_jax.config import HGAConfig, ModelConfig
 from hga_jax.language_model import LanguageModel
-from hga_jax.plan import make_plan, place_history
+from hga_jax.plan import layers_to_host, make_plan, place_history
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +54,13 @@ def thirty_billion(monkeypatch):
     monkeypatch.setattr(plan, "has_own_memory", lambda device: True)
     monkeypatch.setattr(plan, "_main_memory", lambda: ("main memory", 128 * 2**30))
     config = ModelConfig.from_hf(make_config("qwen3-30b-a3b-fp8"))
-    return lambda ctx, policy="sketch": place_history(
-        config, HGAAttention(HGAConfig(policy=policy), config.rope), ctx, jnp.bfloat16, "host"
-    )
+
+    def placed(ctx, policy="sketch", host_experts=0):
+        backend = HGAAttention(HGAConfig(policy=policy), config.rope)
+        return place_history(config, backend, ctx, jnp.bfloat16, "host", host_experts=host_experts)
+
+    placed.layers_to_host = lambda ctx: layers_to_host(config, HGAAttention(HGAConfig(), config.rope), ctx, jnp.bfloat16, "host")
+    return placed
 
 
 def test_the_plan_is_what_the_allocator_said(thirty_billion):
@@ -94,6 +100,35 @@ def test_512k_tokens_fit_with_some_summaries_on_the_host(thirty_billion, policy)
         assert plan.host_layers == 0
 
 
+def test_a_million_tokens_fit_beside_the_experts_of_most_layers(thirty_billion):
+    count = thirty_billion.layers_to_host(2**20)
+    backend, plan = thirty_billion(2**20, host_experts=count)
+    layer = 3 * 128 * (768 * 2048 + 6 * 16 * 4)  # values of one byte, and a float32 scale for 128 x 128 of them
+    assert 0 < count < 24
+    assert plan.fits
+    assert plan.host_summaries == 0
+    assert backend.bank_pages >= 128
+    assert plan.host_experts == count * layer
+    assert plan.expert_reads == count * layer * 8 // 128
+    assert plan.streamed == layer
+    assert plan.weights == 30_552_215_552 - count * layer
+    assert f"those of {count} layers" in plan.table()
+    fewer_backend, fewer = thirty_billion(2**20, host_experts=count - 1)
+    assert fewer.host_summaries > 0 or not fewer.fits or fewer_backend.bank_pages < 128
+    assert thirty_billion.layers_to_host(256 * 1024) == 0
+
+
+def test_experts_on_the_host_are_spread_over_the_layers():
+    config = ModelConfig.from_hf(make_config("qwen3-30b-a3b-fp8"))
+    for count in (1, 7, 10, 24):
+        chosen = sorted(placement.hosted_layers(config, count))
+        assert len(chosen) == count
+        assert all(later - earlier >= 2 for earlier, later in itertools.pairwise(chosen))
+    assert placement.hosted_layers(config, 99) == frozenset(range(48))
+    assert placement.hosted_layers(replace(config, dense_layers=tuple(range(1, 48))), 5) == {0}
+    assert placement.hosted_layers(config, 0) == frozenset()
+
+
 def test_segments_shorten_before_a_plan_is_refused(thirty_billion):
     long, longer = thirty_billion(131_072 + 512)[1], thirty_billion(512 * 1024)[1]
     assert long.segment == 16_384
@@ -105,12 +140,16 @@ def test_segments_shorten_before_a_plan_is_refused(thirty_billion):
         replace(beyond, host_limit=None).check()
 
 
-def test_an_embedding_on_the_host_gives_the_same_logits(checkpoint):
+@pytest.mark.parametrize(("hosted", "leaves"), [(r"embedding", 1), (r"layers\.1\.mlp\.(gate|up|down)", 6)])
+def test_weights_on_the_host_give_the_same_logits(checkpoint, hosted, leaves):
     device = jax.devices()[0]
     kinds = {kind: jax.sharding.SingleDeviceSharding(device, memory_kind=kind) for kind in ("device", "pinned_host")}
     here, config = load_decoder(checkpoint, dtype="float32", sharding=kinds["device"])
-    there, _ = load_decoder(checkpoint, dtype="float32", sharding=lambda path: kinds["pinned_host" if path == "embedding" else "device"])
-    assert there.embedding.get_value().sharding.memory_kind == "pinned_host"
+    there, _ = load_decoder(
+        checkpoint, dtype="float32", sharding=lambda path: kinds["pinned_host" if re.fullmatch(hosted, path) else "device"]
+    )
+    assert sum(leaf.sharding.memory_kind == "pinned_host" for leaf in jax.tree.leaves(there)) == leaves
+    assert LanguageModel(there, config).host_experts == (leaves == 6)
     tokens = np.arange(20, dtype=np.int32)[None]
     logits = [LanguageModel(decoder, config).logits(tokens, attention="dense") for decoder in (here, there)]
     np.testing.assert_array_equal(*logits)

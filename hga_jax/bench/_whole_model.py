@@ -70,17 +70,17 @@ def _normal(key: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     return (jax.random.normal(key, shape, jnp.bfloat16) / shape[-1] ** 0.5).astype(dtype)
 
 
-def random_decoder(config: ModelConfig, dtype: Any) -> Decoder:
+def random_decoder(config: ModelConfig, dtype: Any, host_experts: int = 0) -> Decoder:
     """Random weights on the device, such that activations stay of order one; FP8 where the config says so."""
     abstract = Decoder.abstract(config, dtype)
-    place = default_placement(config, jax.devices()[0])
+    place = default_placement(config, jax.devices()[0], host_experts)
     keys = iter(jax.random.split(jax.random.key(0), 4096))
 
     def make(path: str, leaf: AbstractWeight) -> Weight:
         if isinstance(leaf, BlockScaled):
             # The codes' rms is 7.6, and the products' variance must be that of their inputs.
             scales = jnp.full(leaf.scales.shape, 1 / 7.6 / leaf.shape[-1] ** 0.5, leaf.scales.dtype)
-            return BlockScaled(_codes(next(keys), leaf.shape), scales, leaf.block)
+            return jax.device_put(BlockScaled(_codes(next(keys), leaf.shape), scales, leaf.block), place(path))
         if len(leaf.shape) == 1:
             return jnp.ones(leaf.shape, leaf.dtype) if path.endswith("norm.weight") else jnp.zeros(leaf.shape, leaf.dtype)
         return jax.device_put(_normal(next(keys), leaf.shape, leaf.dtype), place(path))
@@ -93,10 +93,10 @@ def open_model(options: argparse.Namespace) -> LanguageModel:
     dtype = jnp.bfloat16
     if options.model is None:
         config = ModelConfig.from_hf(make_config(options.shape + ("-fp8" if options.random_fp8 else ""), options.layers))
-        decoder, name = random_decoder(config, dtype), f"random {options.shape}, {config.layers} layers"
+        decoder, name = random_decoder(config, dtype, options.host_experts), f"random {options.shape}, {config.layers} layers"
     else:
         read_config(options.model)
-        decoder, config = load_decoder(options.model, dtype=dtype)
+        decoder, config = load_decoder(options.model, dtype=dtype, host_experts=options.host_experts)
         name = str(options.model)
     return LanguageModel(decoder, replace(config, eos_token_ids=()), None, name)
 
@@ -112,7 +112,7 @@ def measure(model: LanguageModel, case: Case, *, trace: bool = True) -> dict[str
     for name in ("text", "tokens", "model", "rope_scaling"):
         figures.pop(name)
     backend = make_backend(case.attention, model.config, case.hga)
-    figures["plan"] = place_history(model.config, backend, ctx, model.dtype, case.tier)[1].as_json()
+    figures["plan"] = place_history(model.config, backend, ctx, model.dtype, case.tier, host_experts=model.host_experts)[1].as_json()
     if trace:
         with KernelTrace() as prefill:
             prefill.start()
@@ -194,6 +194,7 @@ def main(what: str, argv: list[str]) -> None:
     parser.add_argument("--layers", type=int, help="of the random model (default: as the real one)")
     parser.add_argument("--random-fp8", action="store_true", help="FP8 weights in the random model")
     parser.add_argument("--ctx", type=int, nargs="+", default=[65536], help="prompt tokens")
+    parser.add_argument("--host-experts", type=int, default=0, help="layers whose experts lie in pinned host memory")
     parser.add_argument("--new-tokens", type=int, default=512)
     parser.add_argument("--tier", nargs="+", default=["auto"], help="--kv-store of generate")
     parser.add_argument("--attention", choices=("hga", "dense"), default="hga")

@@ -235,7 +235,9 @@ class Session:
         self._states, self._capacity = None, ctx
         self._disk = None
         model = self.model
-        self._placed, plan = place_history(model.config, self.backend, ctx, model.dtype, self.kv_store, self.host_memory)
+        self._placed, plan = place_history(
+            model.config, self.backend, ctx, model.dtype, self.kv_store, self.host_memory, host_experts=model.host_experts
+        )
         plan.check()
         if plan.tier == "disk" and self._trouble is not None:
             raise ValueError(f"--kv-store {self.kv_store} cannot be written ({self._trouble}): choose another directory, or auto")
