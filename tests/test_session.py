@@ -90,6 +90,21 @@ def test_blocks_are_copied_one_or_several_at_a_time(model, tmp_path, monkeypatch
     assert result.tokens == expected
 
 
+def test_prompt_in_long_and_short_segments(model, tmp_path, monkeypatch):
+    """As on a GPU: a question that differs near the end of a prompt finds a reuse point close by, and the tokens are those of one pass."""
+    monkeypatch.setattr(recording, "on_cuda", lambda: True)
+    monkeypatch.setattr(recording, "SMALL_SEGMENT", 32)
+    ids = prompt(6, 250)
+    other = np.concatenate([ids[:230], prompt(7, 20)])
+    expected = [model.generate(tokens, max_new_tokens=4, ctx=CTX, hga=HGA).tokens for tokens in (ids, other)]
+    with model.session(tmp_path / "a", ctx=CTX, hga=HGA) as session:
+        assert session.generate(ids, max_new_tokens=4).tokens == expected[0]
+    with model.session(tmp_path / "b", ctx=CTX, hga=HGA) as session:
+        result = session.generate(other, max_new_tokens=4)
+    assert result.reused_tokens == 224
+    assert result.tokens == expected[1]
+
+
 @pytest.mark.parametrize("policy", ["sketch", "paper"])
 def test_history_in_host_memory_is_brought_back(model, tmp_path, policy):
     settings = HGAConfig(**vars(HGA) | {"policy": policy, "top_chunks": 4, "top_groups": 8})
