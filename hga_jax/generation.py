@@ -156,14 +156,19 @@ class Generation:
         total = len(self.ids)
         report = None if on_prefill is None else lambda done: on_prefill(self.held + done, total)
         stats = Stats.zero()
-        stretches = [(total, None)] if self.recorder is None else self.recorder.stretches(self.held, total)
-        for end, segment in stretches:
-            settings = {"segment": self.segment} if self.recorder is None else self._recording(segment)
-            for block in programs.prefill_blocks(
-                self.model.params, self.ids[self.held : end], states, self.backend, first=self.held, on_layer=report, **settings
-            ):
-                stats, states = stats + block.stats, block.states
-            self.held = end
+        settings = {} if self.recorder is None else self._recording(total)
+        for block in programs.prefill_blocks(
+            self.model.params,
+            self.ids[self.held :],
+            states,
+            self.backend,
+            first=self.held,
+            segment=self.segment,
+            on_layer=report,
+            **settings,
+        ):
+            stats, states = stats + block.stats, block.states
+        self.held = total
         self.states = states
         logits = programs.row_logits(self.model.params, block.x, jnp.int32(block.count - 1))
         token = int(programs.first_token(logits, self.sampling, self.key, jnp.int32(total - 1)))
@@ -171,18 +176,15 @@ class Generation:
         self.states = self.backend.before_decoding(states)
         return token, self.states, stats
 
-    def _recording(self, segment: int | None) -> dict[str, Any]:
+    def _recording(self, total: int) -> dict[str, Any]:
         """Settings of prefill that hand every layer's state to the recorder."""
         recorder = self.recorder
 
-        def on_state(layer: int, first: int, count: int, state: Any, noted: Any) -> None:
-            rows = programs.padded_size(count, segment or programs.SEGMENT, programs.SUPER_BLOCK)
-            step = segment or programs.segment_of(rows)
-            positions = [min(first + done, first + count) for done in range(step, count + step, step)]
-            recorder.prefilled(self.ids[: first + count], layer, first, state, positions, noted)
+        def on_state(layer: int, first: int, count: int, state: Any, noted: dict[int, tuple[Any, int]]) -> None:
+            recorder.prefilled(self.ids[: first + count], layer, state, noted)
 
-        home = None if self.disk is None else self.disk.home
-        return {"segment": segment, "note": recorder.note, "on_state": on_state, "home": home}
+        stretches, home = recorder.stretches(self.held, total), None if self.disk is None else self.disk.home
+        return {"stretches": stretches, "note": recorder.note, "on_state": on_state, "home": home}
 
     def _decode(self, token: int, states: tuple, budget: int) -> Iterator[tuple[list[int], Stats, float]]:
         """Yields (new tokens, stats, seconds). The first piece is the token that prefill gave."""

@@ -7,7 +7,7 @@ data, and arrays come in a few sizes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -142,45 +142,86 @@ def prefill_blocks(
     *,
     first: int = 0,
     segment: int | None = None,
+    stretches: Sequence[tuple[int, int | None]] = (),
     super_block: int = SUPER_BLOCK,
     on_layer: Callable[[float], None] | None = None,
     note: Callable[[Any], Array] | None = None,
-    on_state: Callable[[int, int, int, Any, Array | None], None] | None = None,
+    on_state: Callable[[int, int, int, Any, dict[int, tuple[Array | None, int]]], None] | None = None,
     home: Callable[[int], Any] | None = None,
 ) -> Iterator[SuperBlock]:
     """Run tokens (positions first, first+1, ...) through all layers, super-block by super-block.
 
-    The states passed in are consumed; those of the last block yielded replace them. segment None: as suits the machine.
+    The states passed in are consumed; those of the last block yielded replace them. segment: tokens that go through a layer at a time
+    (None: as suits the machine). stretches: (position of the end, segment) of stretches of tokens with segments of their own, the last one
+    at the end of the tokens; the blocks yielded then hold activations of their last stretch only.
     `on_layer` hears, after every layer, how many tokens' worth of work is done. `on_state` hears (layer, first position, tokens, the
-    layer's state, what `note` said of it after every segment), and must copy what it wants to keep: the state's buffers live on. `home`:
-    for each layer, what loads and unloads its history instead of the backend, whose methods of those names it has.
+    layer's state, by position what `note` said of it there: an array and the index in it), and must copy what it wants to keep: the state's
+    buffers live on. `home`: for each layer, what loads and unloads its history instead of the backend, whose methods of those names it has.
     """
     states = backend.before_prefill(states)
     buffer = (backend if home is None else home(0)).prefill_buffer(states[0])
     for begin in range(0, len(tokens), super_block):
-        part = np.asarray(tokens[begin : begin + super_block], np.int32)
-        size = padded_size(len(part), segment or SEGMENT, super_block)
-        x = _embed(decoder, jnp.asarray(np.pad(part, (0, size - len(part)))))
-        states, stats, done = *_committed_like(x, (states, Stats.zero())), []
+        held, end = first + begin, first + min(begin + super_block, len(tokens))
+        parts = [
+            _Stretch.of(decoder, tokens[start - first : stop - first], start, length or segment, super_block)
+            for start, stop, length in _cut(held, end, stretches)
+        ]
+        states, stats, done = *_committed_like(parts[0].x, (states, Stats.zero())), []
         for index, (layer, state) in enumerate(zip(decoder.layers, states, strict=True)):
-            position, count = jnp.int32(first + begin), jnp.int32(len(part))
             keeper = backend if home is None else home(index)
-            worked = keeper.load(state, buffer, first + begin)
-            settings, noted = {"backend": backend, "segment": segment or segment_of(size)}, None
-            if note is None:
-                x, worked, stats = prefill_layer(layer, x, position, count, worked, stats, **settings)
-            else:
-                x, worked, stats, noted = prefill_noted_layer(layer, x, position, count, worked, stats, **settings, note=note)
+            worked, noted = keeper.load(state, buffer, held), {}
+            for part in parts:
+                worked, stats, found = part.run(layer, worked, stats, backend, note)
+                noted |= found
             if on_state is not None:
-                on_state(index, first + begin, len(part), worked, noted)
-            state, buffer = keeper.unload(state, worked, first + begin, first + begin + len(part), size)
+                on_state(index, held, end - held, worked, noted)
+            state, buffer = keeper.unload(state, worked, held, end, padded_size(end - held, segment or SEGMENT, super_block))
             done.append(state)
             jax.block_until_ready(done[-LAYERS_UNDER_WAY : 1 - LAYERS_UNDER_WAY])
             if on_layer is not None:
-                x.block_until_ready()
-                on_layer(begin + len(part) * (index + 1) / len(states))
+                parts[-1].x.block_until_ready()
+                on_layer(begin + (end - held) * (index + 1) / len(states))
         states = tuple(done)
-        yield SuperBlock(x, len(part), states, stats)
+        yield SuperBlock(parts[-1].x, parts[-1].count, states, stats)
+
+
+def _cut(first: int, end: int, stretches: Sequence[tuple[int, int | None]]) -> list[tuple[int, int, int | None]]:
+    """(first, end, segment) of the parts of stretches between two positions."""
+    parts = []
+    for stop, segment in stretches or [(end, None)]:
+        stop = min(stop, end)
+        if stop > first:
+            parts.append((first, stop, segment))
+            first = stop
+    return parts
+
+
+@dataclass
+class _Stretch:
+    """Tokens on their way through the layers: activations x, of which the first `count` rows are tokens at positions first, first+1, ..."""
+
+    x: Float[Array, "S D"]
+    first: int
+    count: int
+    segment: int
+
+    @staticmethod
+    def of(decoder: Decoder, tokens: Int[np.ndarray, " T"], first: int, segment: int | None, super_block: int) -> _Stretch:
+        size = padded_size(len(tokens), segment or SEGMENT, super_block)
+        x = _embed(decoder, jnp.asarray(np.pad(np.asarray(tokens, np.int32), (0, size - len(tokens)))))
+        return _Stretch(x, first, len(tokens), segment or segment_of(size))
+
+    def run(
+        self, layer: DecoderLayer, state: Any, stats: Stats, backend: AttentionBackend, note: Callable[[Any], Array] | None
+    ) -> tuple[Any, Stats, dict[int, tuple[Array | None, int]]]:
+        """Through one layer. Also says what was noted, by position, at the ends of segments."""
+        where, settings, noted = (jnp.int32(self.first), jnp.int32(self.count)), {"backend": backend, "segment": self.segment}, None
+        if note is None:
+            self.x, state, stats = prefill_layer(layer, self.x, *where, state, stats, **settings)
+        else:
+            self.x, state, stats, noted = prefill_noted_layer(layer, self.x, *where, state, stats, **settings, note=note)
+        ends = range(self.segment, self.count + self.segment, self.segment)
+        return state, stats, {self.first + min(done, self.count): (noted, index) for index, done in enumerate(ends)}
 
 
 def _committed_like(x: Array, tree: Any) -> Any:

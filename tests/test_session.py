@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -18,8 +19,10 @@ from session_cases import CTX, HGA, prompt, tiny_model, turn, turns
 
 from hga_jax.cache import disk
 from hga_jax.config import HGAConfig
+from hga_jax.language_model import LanguageModel
 from hga_jax.loading import load_model
-from hga_jax.session import StoreError, recording
+from hga_jax.model import Decoder
+from hga_jax.session import StoreError, recording, reuse
 from hga_jax.session.__main__ import check
 from hga_jax.session.__main__ import main as command
 from hga_jax.session.folder import sessions
@@ -88,6 +91,21 @@ def test_blocks_are_copied_one_or_several_at_a_time(model, tmp_path, monkeypatch
         result = session.generate(ids, max_new_tokens=4)
     assert result.reused_tokens == 384
     assert result.tokens == expected
+
+
+def test_prompt_in_long_and_short_segments(model, tmp_path, monkeypatch):
+    """As on a GPU: a question that differs near the end of a prompt finds a reuse point close by, and the tokens are those of one pass."""
+    monkeypatch.setattr(recording, "on_cuda", lambda: True)
+    monkeypatch.setattr(recording, "SMALL_SEGMENT", 32)
+    ids = prompt(6, 250)
+    other = np.concatenate([ids[:230], prompt(7, 20)])
+    expected = [model.generate(tokens, max_new_tokens=4, ctx=CTX, hga=HGA).tokens for tokens in (ids, other)]
+    with model.session(tmp_path / "a", ctx=CTX, hga=HGA) as session:
+        assert session.generate(ids, max_new_tokens=4).tokens == expected[0]
+    with model.session(tmp_path / "b", ctx=CTX, hga=HGA) as session:
+        result = session.generate(other, max_new_tokens=4)
+    assert result.reused_tokens == 224
+    assert result.tokens == expected[1]
 
 
 @pytest.mark.parametrize("policy", ["sketch", "paper"])
@@ -276,6 +294,18 @@ def test_damage_is_refused_on_demand_and_found_by_verify(model, tmp_path, capsys
     with model.session(tmp_path / "a", ctx=CTX, hga=HGA) as session:
         turn(session, 2)
     assert command(["verify", str(tmp_path)]) == 0
+
+
+def test_damage_to_one_of_many_layers_ends_the_loading(model, tmp_path, monkeypatch):
+    """With fewer places to read to than layers, a layer that cannot be read must not keep the others waiting."""
+    monkeypatch.setattr(reuse, "READ_AHEAD", 1)
+    deep = LanguageModel(Decoder(replace(model.config, layers=6), seed=3), replace(model.config, layers=6))
+    with deep.session(tmp_path / "a", ctx=CTX, hga=HGA) as session:
+        turn(session, 1, 128)
+    for damaged in (tmp_path / "blocks").rglob("pages/[123].*"):
+        damage(damaged, "flipped", np.random.default_rng(1))
+    with pytest.raises(StoreError, match="is damaged"), deep.session(tmp_path / "a", ctx=CTX, hga=HGA, on_damage="refuse") as session:
+        turn(session, 2)
 
 
 def test_another_format_is_refused_in_one_line(model, tmp_path):

@@ -203,7 +203,9 @@ def bench_disk(options: argparse.Namespace) -> dict[str, Any]:
         for kind, action in (("read", lambda: seconds(read_all)), ("plain_read", plain.seconds)):
             if name == "cold":
                 drop_from_page_cache(files)
+            before = time.process_time()
             report[f"{kind}_{name}_gb_s"] = total / action() / GB
+            report[f"{kind}_{name}_cpu_seconds_a_gb"] = (time.process_time() - before) / total * GB
     generator = np.random.default_rng(3)
     wanted, piece = 256, form.piece_pages * form.page_bytes
     sums = [read_sums(store, header) for header in chain]
@@ -272,7 +274,9 @@ def bench_resume(options: argparse.Namespace) -> dict[str, Any]:
         for kind, action in (("resume", lambda: seconds(resume)), ("plain_read", plain.seconds)):
             if name == "cold":
                 drop_from_page_cache(files)
+            before = time.process_time()
             report[f"{kind}_{name}_seconds"] = action()
+            report[f"{kind}_{name}_cpu_seconds"] = time.process_time() - before  # of all threads: what a busy machine does not change much
         report[f"resume_{name}_gb_s"] = report["bytes"] / report[f"resume_{name}_seconds"] / GB
         report[f"resume_{name}_over_plain"] = report[f"resume_{name}_seconds"] / report[f"plain_read_{name}_seconds"]
     if not options.keep:

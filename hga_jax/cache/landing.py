@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import math
+import threading
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -32,31 +33,41 @@ class Room(NamedTuple):
 class Landing:
     """Rooms of one shape, zero at first, at most `count` of them out at a time.
 
-    Who fills less of a room than another did before leaves that one's data in the rest.
+    Who fills less of a room than another did before leaves that one's data in the rest. Safe for use by several threads.
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: Any, count: int):
         self.shape, self.dtype, self.left = shape, np.dtype(dtype), count
         self._free: list[Room] = []
+        self._back = threading.Condition()
 
-    def room(self) -> Room | None:
-        """A room to fill, or None while all are out."""
-        if self._free:
-            return self._free.pop()
-        if not self.left:
-            return None
-        self.left -= 1
+    def room(self) -> Room:
+        """A room to fill; waits while all are out."""
+        with self._back:
+            self._back.wait_for(lambda: self._free or self.left)
+            if self._free:
+                return self._free.pop()
+            self.left -= 1
         return self._new()
+
+    def give_back(self, room: Room | None) -> None:
+        """A room that was not taken after all may be handed out again (None: another one)."""
+        with self._back:
+            if room is None:
+                self.left += 1
+            else:
+                self._free.append(room)
+            self._back.notify()
 
     def take(self, room: Room, tier: Literal["device", "host"]) -> Array:
         """What the room holds, as an array on the device or in pinned host memory. The room may be handed out again."""
         if jax.default_backend() == "cpu":
-            self.left += 1
+            self.give_back(None)
             return jax.device_put(room.data)
         source = room.data.copy() if room.array is None else room.array  # JAX may go on reading what it is given
         array = jax.device_put(source, jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="device"))
         array.block_until_ready()
-        self._free.append(room)
+        self.give_back(room)
         return put_on_host(array) if tier == "host" else array
 
     def _new(self) -> Room:
@@ -89,9 +100,9 @@ def writable_view(array: Array) -> np.ndarray | None:
         memory.owner = array  # lives as long as any view of its memory
         view = np.frombuffer(memory, np.uint8)
         view[[0, -1]] = 1, 2
-        seen = np.asarray(jax.device_put(array, jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="device")))
-        arrived = seen.reshape(-1).view(np.uint8)[[0, -1]].tolist() == [1, 2]
+        there = jax.device_put(array, jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="device"))
+        arrived = np.asarray(there.ravel()[jnp.array([0, array.size - 1])]).view(np.uint8)[[0, -1]].tolist() == [1, 2]
         view[[0, -1]] = 0
-    except (ValueError, RuntimeError, NotImplementedError):
+    except (AttributeError, NotImplementedError, RuntimeError, ValueError):
         return None
     return view.view(array.dtype).reshape(array.shape) if arrived else None

@@ -75,6 +75,7 @@ class Session:
         self._states: tuple[Any, ...] | None = None
         self._placed: AttentionBackend | None = None  # the backend with the history in its tier
         self._capacity = 0
+        self._segment: int | None = None  # tokens that prefill takes through a layer at a time
         self._take_locks()
         try:
             self._open(model, attention, hga, rope_scaling)
@@ -144,7 +145,9 @@ class Session:
         load_seconds = time.perf_counter() - begin
         read_before = 0 if self._disk is None else self._disk.cache.counters.bytes_read
         self._states = None  # consumed: if the turn fails, the next one reads the disk
-        run = Generation(self.model, self._placed, ids, self._capacity, sampling, seed, stop, start, self._recorder, self._disk)
+        run = Generation(
+            self.model, self._placed, ids, self._capacity, sampling, seed, stop, start, self._recorder, self._disk, self._segment
+        )  # fmt: skip
         tier = tier_of(self._placed) if self._disk is None else "disk"
         try:
             result = run.run(max_new_tokens, tier, self.scaling_note, on_text, on_prefill)
@@ -239,6 +242,7 @@ class Session:
             model.config, self.backend, ctx, model.dtype, self.kv_store, self.host_memory, host_experts=model.host_experts
         )
         plan.check()
+        self._segment = plan.segment
         if plan.tier == "disk" and self._trouble is not None:
             raise ValueError(f"--kv-store {self.kv_store} cannot be written ({self._trouble}): choose another directory, or auto")
         limit, start = len(ids) - 1, None

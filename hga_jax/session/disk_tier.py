@@ -211,7 +211,11 @@ class DiskTier:
             self._older = StoredPages(self.store, self.form, blocks, pages), Landing(shape, self.tail.dtype, 1)
         stored, landing = self._older
         room = landing.room()
-        stored.wait(layer, stored.start(layer, room.data))
+        try:
+            stored.wait(layer, stored.start(layer, room.data))
+        except BaseException:
+            landing.give_back(room)
+            raise
         return landing.take(room, "device")
 
     def _catch_up(self, held: int) -> None:

@@ -125,7 +125,7 @@ class Recorder:
         return self.form.note
 
     def stretches(self, held: int, total: int) -> list[tuple[int, int | None]]:
-        """How prefill is to go from `held` to `total` tokens: (end, tokens computed at a time, None: as suits the machine), in order.
+        """How prefill is to go from `held` to `total` tokens: (end, tokens computed at a time, None: as planned), in order.
 
         There is a reuse point after every segment. They should end where blocks do, and lie close together where a next prompt is likely
         to differ: near the end, after the document. On a CPU small segments cost nothing, so all are small.
@@ -145,12 +145,12 @@ class Recorder:
         """Tokens from `position` to the end of its block: where decode must stop so that the block can be stored."""
         return self.form.block_tokens - position % self.form.block_tokens
 
-    def prefilled(self, tokens: Int[np.ndarray, " T"], layer: int, first: int, state: Any, positions: list[int], notes: Any) -> None:
-        """A layer has done tokens first .. len(tokens)-1. notes: what was noted of it at the positions given, stacked; or None."""
+    def prefilled(self, tokens: Int[np.ndarray, " T"], layer: int, state: Any, noted: dict[int, tuple[Any, int]]) -> None:
+        """A layer has done all of `tokens`. noted: by position, what was noted of it there: an array and the index in it."""
         if self.error is None:
-            self._attempt(self._prefilled, tokens, layer, first, state, positions, notes)
+            self._attempt(self._prefilled, tokens, layer, state, noted)
 
-    def _prefilled(self, tokens: np.ndarray, layer: int, first: int, state: Any, positions: list[int], notes: Any) -> None:
+    def _prefilled(self, tokens: np.ndarray, layer: int, state: Any, noted: dict[int, tuple[Any, int]]) -> None:
         size = self.form.block_tokens
         if layer == 0:
             parent = self.parent
@@ -160,11 +160,12 @@ class Recorder:
                 parent = block.writer.id
             if self.form.note is None:
                 size = self.form.chunk_size
-                positions = list(range((first // size + 1) * size, len(tokens) + 1, size))
-            self.notes |= {position: None if self.form.note is None else [] for position in positions}
+                self.notes |= dict.fromkeys(range((self.first // size + 1) * size, len(tokens) + 1, size))
+            else:
+                self.notes |= {position: [] for position in noted}
         if self.form.note is not None:
-            for index, position in enumerate(positions):
-                self.notes[position].append((notes, index))
+            for position, found in noted.items():
+                self.notes[position].append(found)
         spans = len(self._open) // SPAN * SPAN
         for begin in range(0, spans, SPAN):
             self._write_layer(self._open[begin : begin + SPAN], layer, state)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,10 +15,10 @@ from jaxtyping import Float, Int, UInt8
 
 from hga_jax.backend import AttentionBackend
 from hga_jax.cache.disk import PAGES, PIECE_SUMS, REQUESTS, BlockStore, Header, StoreError, block_id, read
-from hga_jax.cache.landing import Landing, Room
+from hga_jax.cache.landing import Landing
 from hga_jax.session.state_format import Blank, StateFormat, history_of, unpack
 
-READ_AHEAD = 512 * 2**20  # bytes of pages being read at a time: enough to keep a disk busy, little beside the history
+READ_AHEAD = 512 * 2**20  # bytes of pages under way at a time: enough to keep a disk busy, little beside the history
 
 
 class DamagedBlock(StoreError):
@@ -122,30 +122,30 @@ class Memory:
 def load_states(store: BlockStore, form: StateFormat, stored: Stored, backend: AttentionBackend, capacity: int) -> tuple[Any, ...]:
     """States that hold the stored tokens, with room for `capacity`. Raises DamagedBlock.
 
-    Every byte read is checked against its checksum. Layers are read ahead of the one being rebuilt.
+    Every byte read is checked against its checksum. A few layers are under way at a time.
     """
     blank = Blank(backend, form, capacity)
     shape = history_of(blank.shapes).pages.shape
     pages = StoredPages(store, form, stored.chain, shape[1])
     layer_bytes = math.prod(shape) * jnp.dtype(form.dtype).itemsize
-    landing = Landing(shape, form.dtype, min(max(2, READ_AHEAD // layer_bytes), form.layers))
-    tier = "host" if blank.on_host else "device"
-    reads: deque[tuple[Room, Any]] = deque()
+    at_once = min(max(2, READ_AHEAD // layer_bytes), form.layers)
+    landing = Landing(shape, form.dtype, at_once)
 
-    def read_ahead() -> None:
-        while len(done) + len(reads) < form.layers and (room := landing.room()) is not None:
-            reads.append((room, pages.start(len(done) + len(reads), room.data)))
-
-    done: list[Any] = []
-    read_ahead()
-    memory = Memory(store, form, stored, history_of(blank.shapes).capacity)
-    for layer in range(form.layers):
-        room, future = reads.popleft()
-        pages.wait(layer, future)
+    def load(layer: int) -> Any:
+        room = landing.room()
+        try:
+            pages.wait(layer, pages.start(layer, room.data))
+        except BaseException:
+            landing.give_back(room)  # for those who wait for it
+            raise
         window = blank.window(stored.length, room.data)
-        done.append(blank.state(stored.length, landing.take(room, tier), window, *memory.of(layer)))
-        read_ahead()
-    return tuple(done)
+        held = landing.take(room, "host" if blank.on_host else "device")
+        return blank.state(stored.length, held, window, *memory.result().of(layer))
+
+    # While one layer's pages are on their way to the device, or memory is made for them, others' are being read.
+    with ThreadPoolExecutor(at_once + 1, "hga-load") as pool:
+        memory = pool.submit(Memory, store, form, stored, history_of(blank.shapes).capacity)
+        return tuple(pool.map(load, range(form.layers)))
 
 
 class StoredPages:
