@@ -224,8 +224,8 @@ def activation_bytes(config: ModelConfig, ctx: int, width: int, tokens: int, hga
 
     Projections: input, normalised input, float32 products of q, k, v, the same turned, outputs. Attention, unless dense (`hga` None): q, k,
     v, outputs, and what routing makes for a layer: the history's keys as their sketches remember them, page means, page lists, and a byte a
-    block and page in up to six tables; where all sketches are scanned, the keys in 8 bits as well. Expert MLP: a row of F and one of D for each token and chosen expert (see
-    pallas_kernels.moe_prefill), input, normalised input, output.
+    block and page in up to six tables; where all sketches are scanned, the keys in 8 bits as well. Expert MLP: a row of F and one of D for
+    each token and chosen expert (see pallas_kernels.moe_prefill), input, normalised input, output.
     The compiler's own figures for Qwen3-30B-A3B-FP8 are below these: 0.75, 0.62 and 1.09 GiB where this says 0.88 (262,656 tokens in
     segments of 16,384), 0.67 (524,800 in 4,096) and 1.11 (1,049,088 in 1,024), the super-block's activations apart.
     """
