@@ -218,12 +218,13 @@ def _scan_kernel(
     query_ref,  # [T, N, H]
     pages_ref,  # [K, P, 2, g, H] exact keys and values
     keys_ref,  # [K, parts, P, H] tokens of pages
-    *refs,  # the fields of RoughKeys, if there are any (rotation: its transpose in two halves); the buffer of `first`; then out
+    *refs,  # the fields of RoughKeys, if there are any (rotation: its transpose in two halves); then out
     ratio: int,
     size: int,
     threshold: float,
     rule: Rule,
     tile_pages: int,
+    config: Config,
     interpret: bool,
 ):
     """Every page once, newest first: the mass, and which pages a row may ask for, judged by the mass met so far, which only grows. Those
@@ -231,10 +232,14 @@ def _scan_kernel(
 
     out: window and mass [K, B, rows] f32, first [K, B, tiles, P], candidates [K, B, tiles, room] i32.
     """
-    *rough_refs, _empty_ref, window_ref, mass_ref, first_ref, candidates_ref = refs
+    *rough_refs, window_ref, mass_ref, first_ref, candidates_ref = refs
     tile, block, k = pl.program_id(0), pl.num_programs(1) - 1 - pl.program_id(1), pl.program_id(2)
     probes = _probes(tile, block, k, bounds_ref, query_ref, ratio, size, rule)
-    room = candidates_ref.shape[3]
+    none, room = rule.chunk_size, candidates_ref.shape[3]
+
+    def others_see_it() -> None:
+        if not interpret:
+            plgpu.debug_barrier()  # what is stored here other threads of the program read
 
     @pl.when(probes.block_live)
     def _():
@@ -244,37 +249,50 @@ def _scan_kernel(
         def bound(mass: tuple[Array, Array]) -> Array:
             return jnp.where(probes.live, _log2(mass) + math.log2(threshold), jnp.inf)
 
-        def look(page: Array, scores: Array, error: Array, carry: tuple) -> tuple:
+        def look(page: Array, scores: Array, error: Array, mass: tuple) -> tuple:
             """error: by how much a row's exact scores may exceed these."""
-            peak, total, found = carry
             there = page >= first
-            peak, total = _add((peak, total), jnp.where(there[None, :], scores, -jnp.inf), interpret)
-            near = jnp.max((scores >= (bound((peak, total)) - error)[:, None]).astype(jnp.int32), axis=0) * there.astype(jnp.int32)
+            mass = _add(mass, jnp.where(there[None, :], scores, -jnp.inf), interpret)
+            near = jnp.min(jnp.where(scores >= (bound(mass) - error)[:, None], 0, none), axis=0)
+            plgpu.store(first_ref.at[outer(k, block, tile, page)], near.astype(first_ref.dtype), mask=there)
+            return mass
+
+        def exact(i: Any, mass: tuple) -> tuple:
+            page = end - (i + 1) * tile_pages + span(0, tile_pages)
+            scores = _page_scores(probes, keys_ref, None, None, k, page, page >= first, rule)
+            return look(page, scores, jnp.zeros((size,), jnp.float32), mass)
+
+        if rough_refs:
+            *rough_keys, rotation_ref = rough_refs
+            rows = _eight_bits(probes.query, rotation_ref)
+            turns = ((end - first) // rule.pages_per_chunk + tile_pages - 1) // tile_pages * rule.pages_per_chunk
+
+            def rough(i: Any, mass: tuple) -> tuple:
+                return look(*_rough_scores(probes, *rows, *rough_keys, k, i, first, end, tile_pages, config.rough_tokens, rule), mass)
+
+            mass = lax.fori_loop(0, turns, rough, windows)
+        else:
+            mass = lax.fori_loop(0, (end - first + tile_pages - 1) // tile_pages, exact, windows)
+        for ref, sums in ((window_ref, windows), (mass_ref, mass)):
+            plgpu.store(ref.at[outer(k, block, probes.row)], _log2(sums) / LOG2E, mask=probes.inside)
+        others_see_it()
+
+        step = min(config.list_pages, pl.next_power_of_2(first_ref.shape[3]))
+
+        def collect(i: Any, found: Any) -> Any:
+            page = first + i * step + span(0, step)
+            flags = plgpu.load(first_ref.at[outer(k, block, tile, page)], mask=page < end, other=none)
+            near = (flags.astype(jnp.int32) < none).astype(jnp.int32)
             slot = found + jnp.cumsum(near, axis=0) - 1
             put = (near > 0) & (slot < room)
             plgpu.store(candidates_ref.at[outer(k, block, tile, jnp.where(put, slot, room))], page, mask=put)
-            return peak, total, found + jnp.sum(near)
+            return found + jnp.sum(near)
 
-        def one(i: Any, carry: tuple) -> tuple:
-            if rough is None:
-                page = end - (i + 1) * tile_pages + span(0, tile_pages)
-                scores = _page_scores(probes, keys_ref, None, None, k, page, page >= first, rule)
-                return look(page, scores, jnp.zeros((size,), jnp.float32), carry)
-            return look(*_rough_scores(probes, *rough, *rough_refs[:-1], k, i, first, end, tile_pages, rule), carry)
-
-        rough = _eight_bits(probes.query, rough_refs[-1]) if rough_refs else None
-        steps = (end - first + tile_pages - 1) // tile_pages  # of pages, or of chunks, as many as a chunk has pages
-        if rough_refs:
-            steps = ((end - first) // rule.pages_per_chunk + tile_pages - 1) // tile_pages * rule.pages_per_chunk
-        peak, total, found = lax.fori_loop(0, steps, one, (*windows, jnp.int32(0)))
-        for ref, mass in ((window_ref, windows), (mass_ref, (peak, total))):
-            plgpu.store(ref.at[outer(k, block, probes.row)], _log2(mass) / LOG2E, mask=probes.inside)
-
-        if not interpret:
-            plgpu.debug_barrier()  # other threads read the candidates than wrote them
+        found = lax.fori_loop(0, (end - first + step - 1) // step, collect, jnp.int32(0))
+        others_see_it()
         everything = found > room
         wanted = jnp.where(everything, end - first, found)
-        final = bound((peak, total))
+        final = bound(mass)
 
         def request(i: Any, _: None) -> None:
             slot = span(i * tile_pages, tile_pages)
@@ -282,7 +300,7 @@ def _scan_kernel(
             listed = plgpu.load(candidates_ref.at[outer(k, block, tile, slot)], mask=there & (slot < room), other=0)
             page = jnp.where(everything, first + slot, listed)
             scores = _page_scores(probes, keys_ref, None, None, k, page, there, rule)
-            rows = _first_rows(scores, final, None, probes, rule.chunk_size)
+            rows = _first_rows(scores, final, None, probes, none)
             page = jnp.where(there, page, first_ref.shape[3])
             plgpu.store(first_ref.at[outer(k, block, tile, page)], rows.astype(first_ref.dtype), mask=there)
 
@@ -301,25 +319,35 @@ def _rough_scores(
     first: Any,
     end: Any,
     tile_chunks: int,
+    tokens: int,
     rule: Rule,
 ) -> tuple[Array, Array, Array]:
     """Pages, scores by 8-bit products and how much those may be off, of the pages at one place of neighbouring chunks."""
-    head_dim, per_chunk = residuals_ref.shape[3], rule.pages_per_chunk
+    head_dim, per_chunk, group_size = residuals_ref.shape[3], rule.pages_per_chunk, rule.group_size
+    tokens = min(tokens, group_size)
     dim = span(0, pl.next_power_of_2(head_dim))
     turn = i // per_chunk
     place = i - turn * per_chunk
-    chunk = end // per_chunk - (turn + 1) * tile_chunks + span(0, tile_chunks)
+    begin = end // per_chunk - (turn + 1) * tile_chunks
+    chunk = begin + span(0, tile_chunks)
     page = chunk * per_chunk + place
     there = page >= first
-    mask = there[:, None] & (dim < head_dim)[None, :]
+    column = span(0, tokens * tile_chunks)  # of one product: `tokens` tokens of a page, whose maximum needs no other thread
+    token_of = column // tile_chunks
+    chunk_of = begin + column - token_of * tile_chunks
+    mask = (chunk_of * per_chunk >= first)[:, None] & (dim < head_dim)[None, :]
 
     def products(part: Any) -> Array:
-        keys = plgpu.load(residuals_ref.at[outer(k, place * rule.group_size + part, chunk, dim)], mask=mask, other=0)
-        return lax.dot_general(row, keys, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+        token = place * group_size + part * tokens + token_of
+        at = (jnp.broadcast_to(k, (1, 1)), token[:, None], chunk_of[:, None], dim[None, :])
+        keys = plgpu.load(residuals_ref.at[at], mask=mask, other=0)
+        product = lax.dot_general(row, keys, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+        return product if tokens == 1 else jnp.max(product.reshape(row.shape[0], tokens, tile_chunks), axis=1)
 
-    best = lax.fori_loop(1, rule.group_size, lambda part, best: jnp.maximum(best, products(part)), products(0))
+    best = lax.fori_loop(1, group_size // tokens, lambda part, best: jnp.maximum(best, products(part)), products(0))
     step = plgpu.load(steps_ref.at[outer(k, page)], mask=there, other=0) * (rule.scale * LOG2E)
-    centre = _dot(probes.query, plgpu.load(centres_ref.at[outer(k, chunk, dim)], mask=mask, other=0)) * (rule.scale * LOG2E)
+    means = plgpu.load(centres_ref.at[outer(k, chunk, dim)], mask=there[:, None] & (dim < head_dim)[None, :], other=0)
+    centre = _dot(probes.query, means) * (rule.scale * LOG2E)
     scores = centre + best.astype(jnp.float32) * (unit[:, None] * step[None, :])
     return page, scores, (ROUNDING * math.sqrt(head_dim)) * unit * jnp.max(step)
 
@@ -511,20 +539,23 @@ def scan(
     interpret: bool,
 ) -> tuple[Float[Array, "K B r"], Float[Array, "K B r"], Int[Array, "K B tiles P"]]:
     """Log of the summed exponentials of each row's exact window scores, and of those and all page scores together; and the first row of
-    each chunk that asks for a page, by row tile, chunk_size for nobody.
+    each chunk that asks for a page, by row tile; what lies outside a block's routed middle is not written.
     """
     kv_heads, ratio = keys.tokens.shape[0], query.shape[1] // keys.tokens.shape[0]
     tiles, _ = row_tiles(rule, ratio, config)
     blocks = rule.blocks(query.shape[0])
     mass = jax.ShapeDtypeStruct((kv_heads, blocks, rule.probes * ratio), jnp.float32)
-    empty = jnp.full((kv_heads, blocks, tiles, keys.tokens.shape[2]), rule.chunk_size, none_dtype(rule))
-    candidates = jax.ShapeDtypeStruct((*empty.shape[:3], min(config.candidates, empty.shape[3])), jnp.int32)
-    shapes = [mass, mass, jax.ShapeDtypeStruct(empty.shape, empty.dtype), candidates]
+    pages_held = keys.tokens.shape[2]
+    first = jax.ShapeDtypeStruct((kv_heads, blocks, tiles, pages_held), none_dtype(rule))
+    candidates = jax.ShapeDtypeStruct((kv_heads, blocks, tiles, min(config.candidates, pages_held)), jnp.int32)
+    shapes = [mass, mass, first, candidates]
     rough = () if keys.rough is None else (*keys.rough[:-1], _halves(keys.rough.rotation.T, query.dtype))
-    operands = [bounds, query, pages, keys.tokens, *rough, empty]
+    operands = [bounds, query, pages, keys.tokens, *rough]
     tile = config.tokens if keys.rough is None else config.rough
-    settings = {"ratio": ratio, "threshold": threshold, "aliases": {len(operands) - 1: 2}, "tile": tile}
-    out = _call(_scan_kernel, "scan_requests", shapes, operands, keys.tokens.shape[1], rule, config, interpret, **settings)
+    settings = {"ratio": ratio, "threshold": threshold, "tile": tile}
+    out = _call(
+        partial(_scan_kernel, config=config), "scan_requests", shapes, operands, keys.tokens.shape[1], rule, config, interpret, **settings
+    )
     return tuple(out[:3])
 
 
