@@ -25,7 +25,9 @@ from hga_jax.config import HGAConfig
 from hga_jax.policies import policy_for
 
 PARTS = {  # of kernel names, in order of preference, and the part of the work they belong to
-    "scan_requests": "full scan for requests",
+    "scan_windows": "window mass",
+    "scan_pages": "full scan",
+    "scan_requests": "requests among candidates",
     "probe_mass": "screening",
     "refine_candidates": "refinement",
     "unsketch": "page keys",

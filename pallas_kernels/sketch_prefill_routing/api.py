@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.sketch_prefill_routing import kernel, lists, xla
+from pallas_kernels.sketch_prefill_routing import kernel, lists, scan, xla
 from pallas_kernels.sketch_prefill_routing.config import Config, Rule, Screen
 from pallas_kernels.sketch_prefill_routing.keys import PageKeys
 
@@ -47,7 +47,7 @@ def _steps(implementation: str, config: Config, interpret: bool) -> _Steps:
         return _Steps(xla.scan, xla.probe_mass, xla.refine, xla.listed_mass, xla.page_lists)
     if implementation != "pallas":
         raise ValueError(f"{implementation=}: choose pallas or xla")
-    functions = (kernel.scan, kernel.probe_mass, kernel.refine, kernel.listed_mass, lists.page_lists)
+    functions = (scan.scan, kernel.probe_mass, kernel.refine, kernel.listed_mass, lists.page_lists)
     return _Steps(*(partial(function, config=config, interpret=interpret) for function in functions))
 
 

@@ -101,7 +101,7 @@ class Config:
     rows: int = 128
     means: Tile = Tile(64, 4, 2)
     tokens: Tile = Tile(64, 8, 3)
-    rough: Tile = Tile(32, 8, 3)
+    rough: Tile = Tile(32, 8, 4)
     rough_tokens: int = 2
     candidates: int = 512
     list_pages: int = 4096

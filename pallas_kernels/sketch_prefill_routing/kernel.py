@@ -22,13 +22,9 @@ from pallas_kernels.indexing import outer, span
 from pallas_kernels.limits import check_offsets, power_of_two
 from pallas_kernels.sketch_prefill_routing.config import Config, Rule, Tile
 from pallas_kernels.sketch_prefill_routing.keys import PageKeys
-from pallas_kernels.sketch_prefill_routing.sketches import TINY
 
 LOG2E = math.log2(math.e)
 LOWEST = -1e30  # in place of -inf where differences are taken
-# Rounding of an 8-bit product, times the root of the head dimension: five standard deviations. Integers of a rotated row have a root mean
-# square of about 42 (the largest of 128 Gaussian numbers lies 3 away), of a page's residuals 84, and each is rounded with 0.29.
-ROUNDING = 136
 
 
 def unsupported(query: Any, pages: Any, chunk_size: int, group_size: int) -> str | None:
@@ -42,7 +38,7 @@ def unsupported(query: Any, pages: Any, chunk_size: int, group_size: int) -> str
     return None
 
 
-class _Probes(NamedTuple):
+class Probes(NamedTuple):
     """The rows of one program."""
 
     query: Array  # [rows, H padded]
@@ -62,7 +58,7 @@ def row_tiles(rule: Rule, ratio: int, config: Config) -> tuple[int, int]:
     return -(-rows // size), size
 
 
-def _probes(tile: Any, block: Any, k: Any, bounds_ref: Any, query_ref: Any, ratio: int, size: int, rule: Rule) -> _Probes:
+def load_probes(tile: Any, block: Any, k: Any, bounds_ref: Any, query_ref: Any, ratio: int, size: int, rule: Rule) -> Probes:
     first_position, count = bounds_ref[0], bounds_ref[1]
     own_chunk = first_position // rule.chunk_size + block
     row = span(tile * size, size)
@@ -78,7 +74,7 @@ def _probes(tile: Any, block: Any, k: Any, bounds_ref: Any, query_ref: Any, rati
         mask=live[:, None] & (dim < head_dim)[None, :],
         other=0,
     )
-    return _Probes(query, row, inside, position, offset, live, own_chunk, own_chunk * rule.chunk_size < first_position + count)
+    return Probes(query, row, inside, position, offset, live, own_chunk, own_chunk * rule.chunk_size < first_position + count)
 
 
 def _exp2(x: Array, interpret: bool) -> Array:
@@ -91,20 +87,20 @@ def _exp2(x: Array, interpret: bool) -> Array:
     return out
 
 
-def _dot(a: Array, b: Array) -> Array:
+def product(a: Array, b: Array) -> Array:
     """a @ b.T in float32; float32 operands at full precision."""
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return lax.dot_general(a, b, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
 
 
-def _page_scores(probes: _Probes, keys_ref: Any, spreads_ref: Any, norm: Any, k: Any, page: Any, present: Any, rule: Rule) -> Array:
+def page_scores(probes: Probes, keys_ref: Any, spreads_ref: Any, norm: Any, k: Any, page: Any, present: Any, rule: Rule) -> Array:
     """Scores [rows, pages] in powers of two."""
     parts, head_dim = keys_ref.shape[1], keys_ref.shape[3]
     dim = span(0, pl.next_power_of_2(head_dim))
     mask = present[:, None] & (dim < head_dim)[None, :]
 
     def products(part: Any) -> Array:
-        return _dot(probes.query, plgpu.load(keys_ref.at[outer(k, part, page, dim)], mask=mask, other=0))
+        return product(probes.query, plgpu.load(keys_ref.at[outer(k, part, page, dim)], mask=mask, other=0))
 
     best = products(0)
     if parts > 1:
@@ -114,27 +110,27 @@ def _page_scores(probes: _Probes, keys_ref: Any, spreads_ref: Any, norm: Any, k:
     return best * (rule.scale * LOG2E)
 
 
-def _norm(probes: _Probes, spreads_ref: Any, rule: Rule) -> Any:
+def _norm(probes: Probes, spreads_ref: Any, rule: Rule) -> Any:
     if spreads_ref is None:
         return None
     wide = probes.query.astype(jnp.float32)
     return rule.spread * jnp.sqrt(jnp.sum(wide * wide, axis=1))
 
 
-def _middle(own_chunk: Any, rule: Rule) -> tuple[Any, Any]:
+def routed_middle(own_chunk: Any, rule: Rule) -> tuple[Any, Any]:
     """First page of the routed middle and the page after its last."""
     first = rule.sink_chunks * rule.pages_per_chunk
     return first, jnp.maximum(own_chunk - rule.local_chunks, rule.sink_chunks) * rule.pages_per_chunk
 
 
-def _add(carry: tuple[Array, Array], scores: Array, interpret: bool) -> tuple[Array, Array]:
+def add_scores(carry: tuple[Array, Array], scores: Array, interpret: bool) -> tuple[Array, Array]:
     """(peak, sum of powers of two relative to it) of each row, with more scores."""
     peak, total = carry
     higher = jnp.maximum(peak, jnp.max(scores, axis=1))
     return higher, total * jnp.exp2(peak - higher) + jnp.sum(_exp2(scores - higher[:, None], interpret), axis=1)
 
 
-def _windows(probes: _Probes, pages_ref: Any, k: Any, size: int, rule: Rule, interpret: bool) -> tuple[Array, Array]:
+def window_mass(probes: Probes, pages_ref: Any, k: Any, size: int, rule: Rule, interpret: bool) -> tuple[Array, Array]:
     """The same of each row's exact scores over sinks, local window and own chunk."""
     head_dim = pages_ref.shape[4]
     dim = span(0, pl.next_power_of_2(head_dim))
@@ -151,13 +147,13 @@ def _windows(probes: _Probes, pages_ref: Any, k: Any, size: int, rule: Rule, int
             other=0,
         )
         seen = (chunk * rule.chunk_size + token)[None, :] <= probes.position[:, None]
-        return _add(carry, jnp.where(seen, _dot(probes.query, keys) * (rule.scale * LOG2E), -jnp.inf), interpret)
+        return add_scores(carry, jnp.where(seen, product(probes.query, keys) * (rule.scale * LOG2E), -jnp.inf), interpret)
 
     start = (jnp.full((size,), LOWEST, jnp.float32), jnp.zeros((size,), jnp.float32))
     return lax.fori_loop(0, sinks + probes.own_chunk - local + 1, chunk_of_keys, start)
 
 
-def _log2(mass: tuple[Array, Array]) -> Array:
+def log2_mass(mass: tuple[Array, Array]) -> Array:
     return mass[0] + jnp.log2(jnp.where(mass[1] > 0, mass[1], 1))
 
 
@@ -179,191 +175,38 @@ def _mass_kernel(
     interpret: bool,
 ):
     tile, block, k = pl.program_id(0), pl.num_programs(1) - 1 - pl.program_id(1), pl.program_id(2)
-    probes = _probes(tile, block, k, bounds_ref, query_ref, ratio, size, rule)
+    probes = load_probes(tile, block, k, bounds_ref, query_ref, ratio, size, rule)
 
     @pl.when(probes.block_live)
     def _():
-        windows = _windows(probes, pages_ref, k, size, rule, interpret)
-        bound = jnp.where(probes.live, _log2(windows) + math.log2(threshold), jnp.inf)
+        windows = window_mass(probes, pages_ref, k, size, rule, interpret)
+        bound = jnp.where(probes.live, log2_mass(windows) + math.log2(threshold), jnp.inf)
         norm = _norm(probes, spreads_ref, rule)
-        first, end = _middle(probes.own_chunk, rule)
+        first, end = routed_middle(probes.own_chunk, rule)
 
         def middle(i: Any, carry: tuple) -> tuple:
             page = span(first + i * tile_pages, tile_pages)
-            scores = _page_scores(probes, means_ref, spreads_ref, norm, k, page, page < end, rule)
-            rows = _first_rows(scores, bound, None, probes, rule.chunk_size)
+            scores = page_scores(probes, means_ref, spreads_ref, norm, k, page, page < end, rule)
+            rows = first_rows(scores, bound, None, probes, rule.chunk_size)
             plgpu.store(first_ref.at[outer(k, block, tile, page)], rows.astype(first_ref.dtype), mask=page < end)
-            return _add(carry, jnp.where((page < end)[None, :], scores, -jnp.inf), interpret)
+            return add_scores(carry, jnp.where((page < end)[None, :], scores, -jnp.inf), interpret)
 
         everything = lax.fori_loop(0, (end - first + tile_pages - 1) // tile_pages, middle, windows)
         for ref, mass in ((window_ref, windows), (mass_ref, everything)):
-            plgpu.store(ref.at[outer(k, block, probes.row)], _log2(mass) / LOG2E, mask=probes.inside)
+            plgpu.store(ref.at[outer(k, block, probes.row)], log2_mass(mass) / LOG2E, mask=probes.inside)
 
 
-def _bound(mass_ref: Any, k: Any, block: Any, probes: _Probes, threshold: float) -> Array:
+def request_bound(mass_ref: Any, k: Any, block: Any, probes: Probes, threshold: float) -> Array:
     mass = plgpu.load(mass_ref.at[outer(k, block, probes.row)], mask=probes.inside, other=0)
     return jnp.where(probes.live, (mass + math.log(threshold)) * LOG2E, jnp.inf)
 
 
-def _first_rows(scores: Array, bound: Array, allowed: Array | None, probes: _Probes, none: int) -> Array:
+def first_rows(scores: Array, bound: Array, allowed: Array | None, probes: Probes, none: int) -> Array:
     """The first row of the chunk that asks for each page."""
     asking = scores >= bound[:, None]
     if allowed is not None:
         asking = asking & (allowed[None, :] <= probes.offset[:, None])
     return jnp.min(jnp.where(asking, probes.offset[:, None], none), axis=0)
-
-
-def _scan_kernel(
-    bounds_ref,  # [2] i32: position of query row 0, live rows
-    query_ref,  # [T, N, H]
-    pages_ref,  # [K, P, 2, g, H] exact keys and values
-    keys_ref,  # [K, parts, P, H] tokens of pages
-    *refs,  # the fields of RoughKeys, if there are any (rotation: its transpose in two halves); then out
-    ratio: int,
-    size: int,
-    threshold: float,
-    rule: Rule,
-    tile_pages: int,
-    config: Config,
-    interpret: bool,
-):
-    """Every page once, newest first: the mass, and which pages a row may ask for, judged by the mass met so far, which only grows. Those
-    are scored again once all of it is known; if they are more than there is room for, every page is.
-
-    out: window and mass [K, B, rows] f32, first [K, B, tiles, P], candidates [K, B, tiles, room] i32.
-    """
-    *rough_refs, window_ref, mass_ref, first_ref, candidates_ref = refs
-    tile, block, k = pl.program_id(0), pl.num_programs(1) - 1 - pl.program_id(1), pl.program_id(2)
-    probes = _probes(tile, block, k, bounds_ref, query_ref, ratio, size, rule)
-    none, room = rule.chunk_size, candidates_ref.shape[3]
-
-    def others_see_it() -> None:
-        if not interpret:
-            plgpu.debug_barrier()  # what is stored here other threads of the program read
-
-    @pl.when(probes.block_live)
-    def _():
-        windows = _windows(probes, pages_ref, k, size, rule, interpret)
-        first, end = _middle(probes.own_chunk, rule)
-
-        def bound(mass: tuple[Array, Array]) -> Array:
-            return jnp.where(probes.live, _log2(mass) + math.log2(threshold), jnp.inf)
-
-        def look(page: Array, scores: Array, error: Array, mass: tuple) -> tuple:
-            """error: by how much a row's exact scores may exceed these."""
-            there = page >= first
-            mass = _add(mass, jnp.where(there[None, :], scores, -jnp.inf), interpret)
-            near = jnp.min(jnp.where(scores >= (bound(mass) - error)[:, None], 0, none), axis=0)
-            plgpu.store(first_ref.at[outer(k, block, tile, page)], near.astype(first_ref.dtype), mask=there)
-            return mass
-
-        def exact(i: Any, mass: tuple) -> tuple:
-            page = end - (i + 1) * tile_pages + span(0, tile_pages)
-            scores = _page_scores(probes, keys_ref, None, None, k, page, page >= first, rule)
-            return look(page, scores, jnp.zeros((size,), jnp.float32), mass)
-
-        if rough_refs:
-            *rough_keys, rotation_ref = rough_refs
-            rows = _eight_bits(probes.query, rotation_ref)
-            turns = ((end - first) // rule.pages_per_chunk + tile_pages - 1) // tile_pages * rule.pages_per_chunk
-
-            def rough(i: Any, mass: tuple) -> tuple:
-                return look(*_rough_scores(probes, *rows, *rough_keys, k, i, first, end, tile_pages, config.rough_tokens, rule), mass)
-
-            mass = lax.fori_loop(0, turns, rough, windows)
-        else:
-            mass = lax.fori_loop(0, (end - first + tile_pages - 1) // tile_pages, exact, windows)
-        for ref, sums in ((window_ref, windows), (mass_ref, mass)):
-            plgpu.store(ref.at[outer(k, block, probes.row)], _log2(sums) / LOG2E, mask=probes.inside)
-        others_see_it()
-
-        step = min(config.list_pages, pl.next_power_of_2(first_ref.shape[3]))
-
-        def collect(i: Any, found: Any) -> Any:
-            page = first + i * step + span(0, step)
-            flags = plgpu.load(first_ref.at[outer(k, block, tile, page)], mask=page < end, other=none)
-            near = (flags.astype(jnp.int32) < none).astype(jnp.int32)
-            slot = found + jnp.cumsum(near, axis=0) - 1
-            put = (near > 0) & (slot < room)
-            plgpu.store(candidates_ref.at[outer(k, block, tile, jnp.where(put, slot, room))], page, mask=put)
-            return found + jnp.sum(near)
-
-        found = lax.fori_loop(0, (end - first + step - 1) // step, collect, jnp.int32(0))
-        others_see_it()
-        everything = found > room
-        wanted = jnp.where(everything, end - first, found)
-        final = bound(mass)
-
-        def request(i: Any, _: None) -> None:
-            slot = span(i * tile_pages, tile_pages)
-            there = slot < wanted
-            listed = plgpu.load(candidates_ref.at[outer(k, block, tile, slot)], mask=there & (slot < room), other=0)
-            page = jnp.where(everything, first + slot, listed)
-            scores = _page_scores(probes, keys_ref, None, None, k, page, there, rule)
-            rows = _first_rows(scores, final, None, probes, none)
-            page = jnp.where(there, page, first_ref.shape[3])
-            plgpu.store(first_ref.at[outer(k, block, tile, page)], rows.astype(first_ref.dtype), mask=there)
-
-        lax.fori_loop(0, (wanted + tile_pages - 1) // tile_pages, request, None)
-
-
-def _rough_scores(
-    probes: _Probes,
-    row: Array,
-    unit: Array,
-    residuals_ref: Any,
-    steps_ref: Any,
-    centres_ref: Any,
-    k: Any,
-    i: Any,
-    first: Any,
-    end: Any,
-    tile_chunks: int,
-    tokens: int,
-    rule: Rule,
-) -> tuple[Array, Array, Array]:
-    """Pages, scores by 8-bit products and how much those may be off, of the pages at one place of neighbouring chunks."""
-    head_dim, per_chunk, group_size = residuals_ref.shape[3], rule.pages_per_chunk, rule.group_size
-    tokens = min(tokens, group_size)
-    dim = span(0, pl.next_power_of_2(head_dim))
-    turn = i // per_chunk
-    place = i - turn * per_chunk
-    begin = end // per_chunk - (turn + 1) * tile_chunks
-    chunk = begin + span(0, tile_chunks)
-    page = chunk * per_chunk + place
-    there = page >= first
-    column = span(0, tokens * tile_chunks)  # of one product: `tokens` tokens of a page, whose maximum needs no other thread
-    token_of = column // tile_chunks
-    chunk_of = begin + column - token_of * tile_chunks
-    mask = (chunk_of * per_chunk >= first)[:, None] & (dim < head_dim)[None, :]
-
-    def products(part: Any) -> Array:
-        token = place * group_size + part * tokens + token_of
-        at = (jnp.broadcast_to(k, (1, 1)), token[:, None], chunk_of[:, None], dim[None, :])
-        keys = plgpu.load(residuals_ref.at[at], mask=mask, other=0)
-        product = lax.dot_general(row, keys, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
-        return product if tokens == 1 else jnp.max(product.reshape(row.shape[0], tokens, tile_chunks), axis=1)
-
-    best = lax.fori_loop(1, group_size // tokens, lambda part, best: jnp.maximum(best, products(part)), products(0))
-    step = plgpu.load(steps_ref.at[outer(k, page)], mask=there, other=0) * (rule.scale * LOG2E)
-    means = plgpu.load(centres_ref.at[outer(k, chunk, dim)], mask=there[:, None] & (dim < head_dim)[None, :], other=0)
-    centre = _dot(probes.query, means) * (rule.scale * LOG2E)
-    scores = centre + best.astype(jnp.float32) * (unit[:, None] * step[None, :])
-    return page, scores, (ROUNDING * math.sqrt(head_dim)) * unit * jnp.max(step)
-
-
-def _eight_bits(query: Array, rotation_ref: Any) -> tuple[Array, Array]:
-    """Rows of the rotated query as 8-bit integers, and what one is worth in each row."""
-    head_dim = rotation_ref.shape[1]
-    dim = span(0, query.shape[1])
-    mask = (dim < head_dim)[:, None] & (dim < head_dim)[None, :]
-
-    def product(half: int) -> Array:
-        return _dot(query, plgpu.load(rotation_ref.at[outer(half, dim, dim)], mask=mask, other=0))
-
-    rotated = product(0) + product(1)
-    unit = jnp.maximum(jnp.max(jnp.abs(rotated), axis=1), TINY) / 127
-    return jnp.floor(rotated / unit[:, None] + 0.5).astype(jnp.int32).astype(jnp.int8), unit
 
 
 def _refine_kernel(
@@ -388,7 +231,7 @@ def _refine_kernel(
 ):
     """Requests among candidates: each row weighs its windows and the candidates it knows, then asks by their tokens."""
     tile, block, k = pl.program_id(0), pl.num_programs(1) - 1 - pl.program_id(1), pl.program_id(2)
-    probes = _probes(tile, block, k, bounds_ref, query_ref, ratio, size, rule)
+    probes = load_probes(tile, block, k, bounds_ref, query_ref, ratio, size, rule)
     count = counts_ref[k, block]
 
     @pl.when(probes.block_live & (count > 0))
@@ -404,19 +247,19 @@ def _refine_kernel(
 
         def weigh(i: Any, carry: tuple) -> tuple:
             there, page, _, seen = listed(i)
-            scores = _page_scores(probes, means_ref, spreads_ref, norm, k, page, there, rule)
-            return _add(carry, jnp.where(seen, scores, -jnp.inf), interpret)
+            scores = page_scores(probes, means_ref, spreads_ref, norm, k, page, there, rule)
+            return add_scores(carry, jnp.where(seen, scores, -jnp.inf), interpret)
 
         def request(i: Any, _: None) -> None:
             there, page, since, _ = listed(i)
-            scores = _page_scores(probes, keys_ref, None, None, k, page, there, rule)
-            rows = _first_rows(scores, bound, since, probes, rule.chunk_size)
+            scores = page_scores(probes, keys_ref, None, None, k, page, there, rule)
+            rows = first_rows(scores, bound, since, probes, rule.chunk_size)
             page = jnp.where(there, page, first_ref.shape[3])
             plgpu.store(first_ref.at[outer(k, block, tile, page)], rows.astype(first_ref.dtype), mask=there)
 
         steps = (count + tile_pages - 1) // tile_pages
-        mass = lax.fori_loop(0, steps, weigh, _windows(probes, pages_ref, k, size, rule, interpret))
-        bound = jnp.where(probes.live, _log2(mass) + math.log2(threshold), jnp.inf)
+        mass = lax.fori_loop(0, steps, weigh, window_mass(probes, pages_ref, k, size, rule, interpret))
+        bound = jnp.where(probes.live, log2_mass(mass) + math.log2(threshold), jnp.inf)
         lax.fori_loop(0, steps, request, None)
 
 
@@ -437,11 +280,11 @@ def _listed_mass_kernel(
 ):
     spreads_ref, out_ref = refs if len(refs) == 2 else (None, *refs)
     tile, block, k = pl.program_id(0), pl.num_programs(1) - 1 - pl.program_id(1), pl.program_id(2)
-    probes = _probes(tile, block, k, bounds_ref, query_ref, ratio, size, rule)
+    probes = load_probes(tile, block, k, bounds_ref, query_ref, ratio, size, rule)
 
     @pl.when(probes.block_live)
     def _():
-        unit = _bound(mass_ref, k, block, probes, 1.0)
+        unit = request_bound(mass_ref, k, block, probes, 1.0)
         norm = _norm(probes, spreads_ref, rule)
         count = counts_ref[k, block]
 
@@ -450,7 +293,7 @@ def _listed_mass_kernel(
             there = slot < count
             page = plgpu.load(ids_ref.at[outer(k, block, slot)], mask=there, other=0)
             since = plgpu.load(since_ref.at[outer(k, block, slot)], mask=there, other=rule.chunk_size)
-            scores = _page_scores(probes, keys_ref, spreads_ref, norm, k, page, there, rule)
+            scores = page_scores(probes, keys_ref, spreads_ref, norm, k, page, there, rule)
             seen = since[None, :] <= probes.offset[:, None]
             return total + jnp.sum(jnp.where(seen, _exp2(scores - unit[:, None], interpret), 0), axis=1)
 
@@ -463,7 +306,7 @@ def none_dtype(rule: Rule) -> Any:
     return jnp.int8 if rule.chunk_size < 128 else jnp.int32
 
 
-def _call(
+def launch(
     kernel: Any,
     name: str,
     shapes: Any,
@@ -518,45 +361,7 @@ def probe_mass(
     shapes = [mass, mass, jax.ShapeDtypeStruct((*mass.shape[:2], tiles, means.shape[2]), none_dtype(rule))]
     operands = [bounds, query, pages, means, spreads]
     settings = {"ratio": ratio, "threshold": threshold}
-    return tuple(_call(_mass_kernel, "probe_mass", shapes, operands, means.shape[1], rule, config, interpret, **settings))
-
-
-def _halves(matrix: Float[Array, "n m"], dtype: Any) -> Float[Array, "2 n m"]:
-    """Two matrices of a narrower dtype that add up to it."""
-    high = matrix.astype(dtype)
-    return jnp.stack([high, (matrix - high.astype(jnp.float32)).astype(dtype)])
-
-
-def scan(
-    query: Float[Array, "T N H"],
-    bounds: Int[Array, " 2"],
-    pages: Float[Array, "K P 2 g H"],
-    keys: PageKeys,
-    *,
-    threshold: float,
-    rule: Rule,
-    config: Config,
-    interpret: bool,
-) -> tuple[Float[Array, "K B r"], Float[Array, "K B r"], Int[Array, "K B tiles P"]]:
-    """Log of the summed exponentials of each row's exact window scores, and of those and all page scores together; and the first row of
-    each chunk that asks for a page, by row tile; what lies outside a block's routed middle is not written.
-    """
-    kv_heads, ratio = keys.tokens.shape[0], query.shape[1] // keys.tokens.shape[0]
-    tiles, _ = row_tiles(rule, ratio, config)
-    blocks = rule.blocks(query.shape[0])
-    mass = jax.ShapeDtypeStruct((kv_heads, blocks, rule.probes * ratio), jnp.float32)
-    pages_held = keys.tokens.shape[2]
-    first = jax.ShapeDtypeStruct((kv_heads, blocks, tiles, pages_held), none_dtype(rule))
-    candidates = jax.ShapeDtypeStruct((kv_heads, blocks, tiles, min(config.candidates, pages_held)), jnp.int32)
-    shapes = [mass, mass, first, candidates]
-    rough = () if keys.rough is None else (*keys.rough[:-1], _halves(keys.rough.rotation.T, query.dtype))
-    operands = [bounds, query, pages, keys.tokens, *rough]
-    tile = config.tokens if keys.rough is None else config.rough
-    settings = {"ratio": ratio, "threshold": threshold, "tile": tile}
-    out = _call(
-        partial(_scan_kernel, config=config), "scan_requests", shapes, operands, keys.tokens.shape[1], rule, config, interpret, **settings
-    )
-    return tuple(out[:3])
+    return tuple(launch(_mass_kernel, "probe_mass", shapes, operands, means.shape[1], rule, config, interpret, **settings))
 
 
 def refine(
@@ -584,7 +389,7 @@ def refine(
     operands = [bounds, query, pages, keys.tokens, keys.means, keys.spreads, ids, since, counts, empty]
     shape = jax.ShapeDtypeStruct(empty.shape, empty.dtype)
     settings = {"ratio": ratio, "threshold": threshold, "aliases": {9: 0}}
-    return _call(_refine_kernel, "refine_candidates", shape, operands, keys.tokens.shape[1], rule, config, interpret, **settings)
+    return launch(_refine_kernel, "refine_candidates", shape, operands, keys.tokens.shape[1], rule, config, interpret, **settings)
 
 
 def listed_mass(
@@ -605,4 +410,4 @@ def listed_mass(
     ratio = query.shape[1] // keys.shape[0]
     operands = [bounds, query, keys, mass, ids, since, counts, spreads]
     shape = jax.ShapeDtypeStruct(mass.shape, jnp.float32)
-    return _call(_listed_mass_kernel, "listed_mass", shape, operands, keys.shape[1], rule, config, interpret, ratio=ratio)
+    return launch(_listed_mass_kernel, "listed_mass", shape, operands, keys.shape[1], rule, config, interpret, ratio=ratio)
