@@ -1,0 +1,132 @@
+"""The full scan of prefill routing, one layer, under several settings of its kernels: which is the fastest, and do they agree?
+
+A setting is `16:PAGESxWARPSxSTAGES` (16-bit products) or `8:CHUNKSxWARPSxSTAGESxTOKENS` (8-bit ones), with `:ROWS` behind it for another
+number of rows a program. Keys and queries as in `python -m hga_jax.bench prefill`. Printed: milliseconds of the three launches, the rate
+of the second, pages scored twice in a program (row tile of a block), and requests that differ from the first setting's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hga_jax.bench.decode import CHUNK, GROUP, LOCAL, SHAPES, SINKS, environment, kernel_times, median_seconds
+from hga_jax.bench.prefill import made_up
+from hga_jax.cache import DeviceHistory
+from hga_jax.config import HGAConfig
+from hga_jax.policies import policy_for
+from hga_jax.sketches import built_in_rotation
+from pallas_kernels.sketch_prefill_routing import Config, Rule, Tile
+from pallas_kernels.sketch_prefill_routing.keys import PageKeys, page_keys
+from pallas_kernels.sketch_prefill_routing.scan import mark, settle
+
+SETTINGS = (
+    "16:64x8x3", "16:64x8x4", "16:64x16x3:256", "8:32x8x4x2", "8:32x8x3x2", "8:32x8x5x2", "8:32x8x4x1", "8:16x8x4x4", "8:64x8x3x1",
+    "8:64x8x3x2", "8:32x4x4x2", "8:32x4x4x2:64", "8:64x4x3x1:64", "8:32x16x3x2:256", "8:64x16x3x1:256",
+)  # fmt: skip
+
+
+def parse(setting: str) -> tuple[bool, Config]:
+    """(whether products have 8 bits, settings of the kernels). Raises ValueError."""
+    try:
+        bits, tile, *rows = setting.split(":")
+        numbers = [int(n) for n in tile.split("x")]
+        if (bits, len(numbers)) not in (("8", 4), ("16", 3)) or len(rows) > 1:
+            raise ValueError("a wrong number of numbers")
+        more: dict[str, Any] = {"rows": int(rows[0])} if rows else {}
+        more |= {"rough": Tile(*numbers[:3]), "rough_tokens": numbers[3]} if bits == "8" else {"tokens": Tile(*numbers)}
+        return bits == "8", Config(**more)
+    except ValueError as error:
+        raise ValueError(f"setting {setting!r}: {error}; write 16:PAGESxWARPSxSTAGES or 8:CHUNKSxWARPSxSTAGESxTOKENS, then :ROWS") from None
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m hga_jax.bench routing", description=__doc__)
+    parser.add_argument("--shape", choices=SHAPES, default="qwen3-30b-a3b")
+    parser.add_argument("--tokens", type=int, default=65536)
+    parser.add_argument("--pages", type=int, default=40, help="pages planted in every block")
+    parser.add_argument("--settings", nargs="+", default=SETTINGS)
+    parser.add_argument("--candidates", type=int, default=Config().candidates, help="room of a program for pages scored twice")
+    parser.add_argument("--interpret", action="store_true", help="in Pallas' interpreter, without times")
+    parser.add_argument("--json", help="write the results here")
+    options = parser.parse_args(argv)
+    try:
+        settings = {name: parse(name) for name in options.settings}
+    except ValueError as error:
+        parser.error(str(error))
+    heads, kv_heads, head_dim = SHAPES[options.shape][1:]
+    print(environment(), flush=True)
+
+    query, keys, values = made_up(options.tokens, heads, kv_heads, head_dim, options.pages)
+    config = HGAConfig()
+    pages = DeviceHistory.holding(keys, values, GROUP, options.tokens).pages
+    sketches = jax.jit(policy_for(config, None, head_dim, head_dim**-0.5).summarise)(keys.swapaxes(0, 1))
+    arrays = [x if x.dtype == jnp.uint8 else x.astype(keys.dtype) for x in (sketches.means, sketches.codes, sketches.scales)]
+    rotation, closed = jnp.asarray(built_in_rotation(head_dim), jnp.float32), jnp.int32(options.tokens // CHUNK)
+    by_page = page_keys(*arrays, rotation, GROUP, closed, scanned=True, implementation="pallas", interpret=options.interpret)
+    rule = Rule(CHUNK, GROUP, SINKS, LOCAL, head_dim**-0.5)
+    results: list[dict[str, Any]] = []
+    expected = None
+    for name, (rough, kernels) in settings.items():
+        try:
+            result, first = measure(query, pages, by_page if rough else by_page._replace(rough=None), rule, config, kernels, options)
+        except Exception as error:  # a setting that does not fit this GPU must not lose the others
+            print(f"{name:18s} {type(error).__name__} {str(error)[:150]}", flush=True)
+            continue
+        expected = first if expected is None else expected
+        asked = expected < CHUNK
+        result |= {"setting": name, "requests": int(asked.sum()), "requests_changed": int((asked != (first < CHUNK)).sum())}
+        results.append(result)
+        print(
+            f"{name:18s} windows {result['windows_ms']:6.2f}, pages {result['pages_ms']:6.2f} ({result['tera_operations']:5.0f} TOP/s), "
+            f"requests {result['requests_ms']:6.2f} ms; scored twice {result['candidates_mean']:.1f} (most {result['candidates_most']}, without "
+            f"room {result['overflows']} of {result['programs']}); requests changed {result['requests_changed']} of {result['requests']}",
+            flush=True,
+        )  # fmt: skip
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump({"environment": environment(), "argv": argv, "results": results}, file, indent=1)
+
+
+def measure(
+    query: jax.Array, pages: jax.Array, keys: PageKeys, rule: Rule, config: HGAConfig, kernels: Config, options: argparse.Namespace
+) -> tuple[dict[str, Any], np.ndarray]:
+    """Figures of one setting, and the first rows that ask for pages [K, B, P] (chunk_size for none, and outside the routed middle)."""
+    tokens, heads, head_dim = query.shape
+    threshold = config.threshold_for(heads // len(pages))
+    bounds = jnp.array([0, tokens], jnp.int32)
+    kernels = Config(**{**vars(kernels), "candidates": options.candidates})
+    common = {"threshold": threshold, "rule": rule, "config": kernels, "interpret": options.interpret}
+    marking = jax.jit(lambda q, b, p, k: mark(q, b, p, k, **common))
+    settling = jax.jit(lambda q, b, k, mass, marks: settle(q, b, k, mass, marks, **common))
+
+    def scan() -> tuple[jax.Array, jax.Array]:
+        _, mass, marks = marking(query, bounds, pages, keys)
+        return marks, settling(query, bounds, keys, mass, marks)
+
+    blocks = tokens // CHUNK
+    page, first = np.arange(tokens // GROUP), SINKS * CHUNK // GROUP
+    there = (page >= first) & (page < (np.arange(blocks)[:, None] - LOCAL) * (CHUNK // GROUP))  # [B, P]
+    marks, rows = (np.asarray(x)[:, :blocks] for x in jax.block_until_ready(scan()))
+    near = ((marks < CHUNK) & there[:, None]).sum(-1)[:, SINKS + LOCAL + 1 :]
+    times = {} if options.interpret else kernel_times(lambda: [scan() for _ in range(2)])
+    parts = {
+        f"{name}_ms": sum(us for kernel, (_, us) in times.items() if f"scan_{name}" in kernel) / 1e3
+        for name in ("windows", "pages", "requests")
+    }
+    operations = 2 * heads * CHUNK * head_dim * int(there.sum()) * GROUP
+    result = {
+        **parts,
+        "total_ms": 0.0 if options.interpret else 1e3 * median_seconds(scan, 3),
+        "tera_operations": operations / max(parts["pages_ms"], 1e-9) / 1e9,
+        "candidates_mean": float(near.mean()),
+        "candidates_most": int(near.max()),
+        "overflows": int((near > options.candidates).sum()),
+        "programs": near.size,
+    }
+    return result, np.where(there, rows.min(2), CHUNK)
