@@ -84,10 +84,11 @@ def main(argv: list[str]) -> None:
         results.append(result)
         print(
             f"{name:18s} windows {result['windows_ms']:6.2f}, pages {result['pages_ms']:6.2f} ({result['tera_operations']:5.0f} TOP/s), "
-            f"requests {result['requests_ms']:6.2f} ms; scored twice {result['candidates_mean']:.1f} (most {result['candidates_most']}, without "
-            f"room {result['overflows']} of {result['programs']}); requests changed {result['requests_changed']} of {result['requests']}",
+            f"requests {result['requests_ms']:6.2f} ms; scored twice {result['candidates_mean']:.1f} (most {result['candidates_most']}, "
+            f"{result['overflows']} of {result['programs']} without room); "
+            f"requests changed {result['requests_changed']} of {result['requests']}",
             flush=True,
-        )  # fmt: skip
+        )
     if options.json:
         with open(options.json, "w") as file:
             json.dump({"environment": environment(), "argv": argv, "results": results}, file, indent=1)
