@@ -57,6 +57,15 @@ class Case:
     attention: str
     hga: HGAConfig
 
+    @property
+    def room(self) -> int:
+        """Tokens for the answer; the warm-up makes some too."""
+        return max(self.new_tokens, 64)
+
+    def within(self, native: int) -> Case:
+        """The case with a prompt that leaves room for the answer in a native context of so many tokens."""
+        return replace(self, prompt_tokens=min(self.prompt_tokens, native - self.room))
+
 
 @partial(jax.jit, static_argnums=1)
 def _codes(key: Any, shape: tuple[int, ...]) -> jax.Array:
@@ -104,15 +113,16 @@ def open_model(options: argparse.Namespace) -> LanguageModel:
 def measure(model: LanguageModel, case: Case, *, trace: bool = True) -> dict[str, Any]:
     """One prompt: times of the second run, kernels of the third."""
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, case.prompt_tokens, dtype=np.int32)
-    ctx = case.prompt_tokens + max(case.new_tokens, 64)
+    ctx = case.prompt_tokens + case.room
+    backend = make_backend(case.attention, model.config, case.hga)
+    plan = place_history(model.config, backend, ctx, model.dtype, case.tier, host_experts=model.host_experts)[1]
     run = partial(model.generate, ids, ctx=ctx, kv_store=case.tier, attention=case.attention, hga=case.hga, rope_scaling="none")
     run(max_new_tokens=40)
     result = run(max_new_tokens=case.new_tokens)
     figures = asdict(result)
     for name in ("text", "tokens", "model", "rope_scaling"):
         figures.pop(name)
-    backend = make_backend(case.attention, model.config, case.hga)
-    figures["plan"] = place_history(model.config, backend, ctx, model.dtype, case.tier, host_experts=model.host_experts)[1].as_json()
+    figures["plan"] = plan.as_json()
     if trace:
         with KernelTrace() as prefill:
             prefill.start()
@@ -215,11 +225,14 @@ def main(what: str, argv: list[str]) -> None:
     print(report["environment"], model.name, flush=True)
     for prompt in options.ctx:
         for tier in options.tier:
-            case = Case(prompt, options.new_tokens, tier, options.attention, hga)
-            result = {"prompt_tokens": prompt, **measure(model, case, trace=not options.no_trace)}
+            native = model.config.native_context
+            case = Case(prompt, options.new_tokens, tier, options.attention, hga).within(native)
+            if case.prompt_tokens < prompt:
+                print(f"{prompt} tokens and an answer exceed the native context of {native}: {case.prompt_tokens} instead", flush=True)
+            result = {"prompt_tokens": case.prompt_tokens, **measure(model, case, trace=not options.no_trace)}
             if not options.no_trace:
-                result["decode_bytes"] = decode_bytes(model.config, result, prompt)
-                result["prefill_flops"] = prefill_flops(model.config, prompt)
+                result["decode_bytes"] = decode_bytes(model.config, result, case.prompt_tokens)
+                result["prefill_flops"] = prefill_flops(model.config, case.prompt_tokens)
                 if result["decode_parts"]:
                     result["rtx_5090_estimate_tokens_per_second"] = estimate_5090(result, limits, model.config.layers)
             report["results"].append(result)
