@@ -29,7 +29,7 @@ from hga_jax.config import HGAConfig, ModelConfig, parse_threshold
 from hga_jax.language_model import LanguageModel, make_backend
 from hga_jax.model import Decoder, weight_leaves
 from hga_jax.placement import default_placement
-from hga_jax.plan import place_history
+from hga_jax.plan import layers_to_host, place_history
 from hga_jax.quantized import AbstractWeight, BlockScaled, Weight
 
 # Which part of a layer a kernel belongs to, by the first pattern its name contains.
@@ -56,6 +56,7 @@ class Case:
     tier: str
     attention: str
     hga: HGAConfig
+    rope_scaling: str = "none"
 
     @property
     def room(self) -> int:
@@ -63,7 +64,9 @@ class Case:
         return max(self.new_tokens, 64)
 
     def within(self, native: int) -> Case:
-        """The case with a prompt that leaves room for the answer in a native context of so many tokens."""
+        """The case with a prompt that leaves room for the answer in a native context of so many tokens, unless the rope is stretched."""
+        if self.rope_scaling != "none":
+            return self
         return replace(self, prompt_tokens=min(self.prompt_tokens, native - self.room))
 
 
@@ -97,16 +100,27 @@ def random_decoder(config: ModelConfig, dtype: Any, host_experts: int = 0) -> De
     return with_weights(abstract, {path: make(path, leaf) for path, leaf in weight_leaves(abstract).items()})
 
 
-def open_model(options: argparse.Namespace) -> LanguageModel:
+def open_model(options: argparse.Namespace, hga: HGAConfig) -> LanguageModel:
     """The checkpoint or the random model; without end tokens, so that it makes as many as it is asked for."""
     dtype = jnp.bfloat16
     if options.model is None:
         config = ModelConfig.from_hf(make_config(options.shape + ("-fp8" if options.random_fp8 else ""), options.layers))
-        decoder, name = random_decoder(config, dtype, options.host_experts), f"random {options.shape}, {config.layers} layers"
     else:
-        read_config(options.model)
-        decoder, config = load_decoder(options.model, dtype=dtype, host_experts=options.host_experts)
+        config = read_config(options.model)
+    hosted = options.host_experts
+    if hosted is None:
+        longest = Case(max(options.ctx), options.new_tokens, "auto", options.attention, hga, options.rope_scaling).within(
+            config.native_context
+        )
+        backend = make_backend(options.attention, config, hga)
+        hosted = layers_to_host(config, backend, longest.prompt_tokens + longest.room, dtype, options.tier[-1])
+    if options.model is None:
+        decoder, name = random_decoder(config, dtype, hosted), f"random {options.shape}, {config.layers} layers"
+    else:
+        decoder, config = load_decoder(options.model, dtype=dtype, host_experts=hosted)
         name = str(options.model)
+    if hosted:
+        name += f", experts of {hosted} layers in host memory"
     return LanguageModel(decoder, replace(config, eos_token_ids=()), None, name)
 
 
@@ -116,7 +130,7 @@ def measure(model: LanguageModel, case: Case, *, trace: bool = True) -> dict[str
     ctx = case.prompt_tokens + case.room
     backend = make_backend(case.attention, model.config, case.hga)
     plan = place_history(model.config, backend, ctx, model.dtype, case.tier, host_experts=model.host_experts)[1]
-    run = partial(model.generate, ids, ctx=ctx, kv_store=case.tier, attention=case.attention, hga=case.hga, rope_scaling="none")
+    run = partial(model.generate, ids, ctx=ctx, kv_store=case.tier, attention=case.attention, hga=case.hga, rope_scaling=case.rope_scaling)
     run(max_new_tokens=40)
     result = run(max_new_tokens=case.new_tokens)
     figures = asdict(result)
@@ -204,7 +218,10 @@ def main(what: str, argv: list[str]) -> None:
     parser.add_argument("--layers", type=int, help="of the random model (default: as the real one)")
     parser.add_argument("--random-fp8", action="store_true", help="FP8 weights in the random model")
     parser.add_argument("--ctx", type=int, nargs="+", default=[65536], help="prompt tokens")
-    parser.add_argument("--host-experts", type=int, default=0, help="layers whose experts lie in pinned host memory")
+    parser.add_argument("--rope-scaling", default="none", help="of generate: none keeps prompts within the native context")
+    parser.add_argument(
+        "--host-experts", type=int, help="layers whose experts lie in pinned host memory (default: as the longest prompt asks)"
+    )
     parser.add_argument("--new-tokens", type=int, default=512)
     parser.add_argument("--tier", nargs="+", default=["auto"], help="--kv-store of generate")
     parser.add_argument("--attention", choices=("hga", "dense"), default="hga")
@@ -217,7 +234,7 @@ def main(what: str, argv: list[str]) -> None:
     if options.quality:
         hga = replace(hga, threshold=parse_threshold(options.quality))
     limits = measured_ceilings()
-    model = open_model(options)
+    model = open_model(options, hga)
     report: dict[str, Any] = {
         "command": " ".join([f"python -m hga_jax.bench {what}", *argv]), "environment": environment(), "ceilings": limits,
         "model": model.name, "layers": model.config.layers, "results": [],
@@ -226,7 +243,7 @@ def main(what: str, argv: list[str]) -> None:
     for prompt in options.ctx:
         for tier in options.tier:
             native = model.config.native_context
-            case = Case(prompt, options.new_tokens, tier, options.attention, hga).within(native)
+            case = Case(prompt, options.new_tokens, tier, options.attention, hga, options.rope_scaling).within(native)
             if case.prompt_tokens < prompt:
                 print(f"{prompt} tokens and an answer exceed the native context of {native}: {case.prompt_tokens} instead", flush=True)
             result = {"prompt_tokens": case.prompt_tokens, **measure(model, case, trace=not options.no_trace)}
