@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from convert.mapping import Part
@@ -111,8 +112,12 @@ class PinnedBuffers(HostBuffers):
 
     def __init__(self, limit: int, device: jax.Device):
         super().__init__(limit)
+        self._device = jax.sharding.SingleDeviceSharding(device)
         self._sharding = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
         self._owners: dict[int, jax.Array] = {}
+        # JAX pins memory in regions, each twice the one before: growing buffer by buffer, it would pin twice what they need. Asked for all
+        # of it first, it pins one region (the next power of two), and the buffers come out of that.
+        self._pinned((limit,), np.dtype(np.uint8)).delete()
 
     def to_device(self, host: np.ndarray, target: jax.sharding.Sharding) -> tuple[jax.Array, bool]:
         owner = self._owners[host.ctypes.data]
@@ -121,11 +126,15 @@ class PinnedBuffers(HostBuffers):
         return jax.device_put(owner, target), True
 
     def _new(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        owner = jax.block_until_ready(jax.device_put(np.zeros(shape, dtype), self._sharding))
+        owner = self._pinned(shape, dtype)
         address = owner.unsafe_buffer_pointer()
         self._owners[address] = owner
         memory = (ctypes.c_uint8 * owner.nbytes).from_address(address)
         return np.frombuffer(memory, np.uint8).view(dtype).reshape(shape)
+
+    def _pinned(self, shape: tuple[int, ...], dtype: np.dtype) -> jax.Array:
+        """Zeros that come from the device: from main memory they would pass through another pinned array as large."""
+        return jax.block_until_ready(jax.device_put(jnp.zeros(shape, dtype, device=self._device), self._sharding))
 
     def _forget(self, array: np.ndarray) -> None:
         del self._owners[array.ctypes.data]

@@ -86,8 +86,9 @@ def run(options: argparse.Namespace) -> int:
     from hga_jax.config import HGAConfig, parse_threshold
     from hga_jax.language_model import make_backend
     from hga_jax.loading import default_dtype, load_model, locate_model
-    from hga_jax.plan import layers_to_host, place_history
+    from hga_jax.plan import allow_pinning_all, layers_to_host, place_history
 
+    allow_pinning_all()
     choose_device(jax, options.device)
     use_compilation_cache(jax)
     choose_tier(options.kv_store)

@@ -14,11 +14,14 @@ import jax.numpy as jnp
 
 from hga_jax.attention import HGAAttention
 from hga_jax.backend import AttentionBackend
+from hga_jax.cache.host import PINNED_LIMIT, allow_pinning, pinned_limit
 from hga_jax.cache.tiers import choose_tier
 from hga_jax.config import HGAConfig, ModelConfig
+from hga_jax.decoding import cannot_decode
 from hga_jax.model import Decoder, weight_leaves
 from hga_jax.placement import EXPERTS, hosted_layers, on_host
 from hga_jax.programs import LAYERS_UNDER_WAY, SEGMENT, SUPER_BLOCK, padded_size, segment_of
+from pallas_kernels.limits import MAX_ELEMENTS
 
 GIB = 2**30
 BANK_SHARE = 1 / 8  # of the history's pages: several times what is open at a time at 64K, so that hardly one is fetched twice
@@ -129,8 +132,9 @@ class Plan:
     def check(self) -> None:
         """Raises ValueError with the table and what each knob frees when the plan does not fit."""
         if self.host_limit is not None and self.host > self.host_limit:
+            pinned = f" ({PINNED_LIMIT}, read when JAX starts, bounds what it pins)" if self.host_limit == pinned_limit() else ""
             raise ValueError(
-                f"the history needs {self.host / GIB:.2f} GiB of host memory and {self.host_limit / GIB:.2f} GiB are available: "
+                f"the history needs {self.host / GIB:.2f} GiB of host memory and {self.host_limit / GIB:.2f} GiB are available{pinned}: "
                 f"--ctx {int(self.ctx * self.host_limit / self.host) // 1024 * 1024} would fit\n{self.table()}"
             )
         if self.fits:
@@ -188,7 +192,7 @@ def make_plan(
     host_layers = min(backend.host_summaries, config.layers) if apart else 0
     plan = Plan(
         ctx, weights, host_weights, **sizes, activations=0, tier=tier, memory=memory, limit=limit, working=working,
-        host=sizes["history"] if apart else 0, host_limit=_main_memory()[1] if apart else None,
+        host=sizes["history"] if apart else 0, host_limit=_host_limit() if apart else None,
         prefill_summaries=sizes["summaries"] - parked, host_summaries=host_layers * max(movable), host_layers=host_layers,
         host_experts=experts, expert_layers=expert_layers, streamed=experts // max(expert_layers, 1),
         expert_reads=experts * config.experts_per_token // max(config.experts, 1),
@@ -226,8 +230,8 @@ def activation_bytes(config: ModelConfig, ctx: int, width: int, tokens: int, hga
     v, outputs, and what routing makes for a layer: the history's keys as their sketches remember them, page means, page lists, and a byte a
     block and page in up to six tables; where all sketches are scanned, the keys in 8 bits as well. Expert MLP: a row of F and one of D for
     each token and chosen expert (see pallas_kernels.moe_prefill), input, normalised input, output.
-    The compiler's own figures for Qwen3-30B-A3B-FP8 are below these: 0.75, 0.62 and 1.09 GiB where this says 0.88 (262,656 tokens in
-    segments of 16,384), 0.67 (524,800 in 4,096) and 1.11 (1,049,088 in 1,024), the super-block's activations apart.
+    The compiler's own figures for Qwen3-30B-A3B-FP8, segments of 16,384 tokens, are below these: 0.75 GiB where this says 0.88 (262,144
+    tokens), 0.86 and 1.09 (524,288), 1.52 and 1.81 (1,048,576), the super-block's activations apart.
     """
     size, hidden = padded_size(ctx, SEGMENT, SUPER_BLOCK), config.hidden_size
     heads, out = (config.heads + 2 * config.kv_heads) * config.head_dim, config.heads * config.head_dim
@@ -275,10 +279,24 @@ def place_history(
     if tier == "disk":
         on_disk = replace(backend, tier="device", bank_pages=0, host_summaries=0)
         return on_disk, _plan_on_disk(make(replace(on_disk, tier="host"), parks=False), host_memory)
+    if tier == "host" and has_own_memory(device or jax.devices()[0]):
+        _check_indices(config, backend.config, ctx)
     backend = replace(backend, tier=tier)
     backend = replace(backend, host_summaries=_layers_of_summaries(backend, make))
     backend = replace(backend, bank_pages=_bank_pages(config, backend, make(backend), dtype))
     return backend, make(backend)
+
+
+def _check_indices(config: ModelConfig, hga: HGAConfig, ctx: int) -> None:
+    """Raises ValueError for a history in host memory that the kernels cannot take, and nothing else reads that memory in place."""
+    capacity = -(-ctx // hga.chunk_size) * hga.chunk_size
+    reason = cannot_decode(hga, config.heads, config.kv_heads, capacity, config.head_dim)
+    if reason is None:
+        return
+    if cannot_decode(hga, config.heads, config.kv_heads, hga.chunk_size, config.head_dim) is not None:
+        raise ValueError(f"a history in host memory needs the decode kernels: {reason}; --kv-store device does without")
+    most = (MAX_ELEMENTS // (2 * config.kv_heads * config.head_dim) - 1) // hga.chunk_size * hga.chunk_size
+    raise ValueError(f"{reason}, which the kernels' int32 offsets cannot reach: --ctx {most} is the most for this model")
 
 
 def layers_to_host(
@@ -359,6 +377,19 @@ def _memory(device: jax.Device) -> tuple[str, int | None]:
     if stats and "bytes_limit" in stats:
         return f"{device.device_kind} memory", int(stats["bytes_limit"])
     return _main_memory()
+
+
+def _host_limit() -> int:
+    """Bytes of main memory that can be pinned."""
+    available = _main_memory()[1]
+    return pinned_limit() if available is None else min(available, pinned_limit())
+
+
+def allow_pinning_all() -> None:
+    """Let JAX pin all main memory there is now; for commands, before JAX looks for devices."""
+    available = _main_memory()[1]
+    if available is not None:
+        allow_pinning(available)
 
 
 def _main_memory() -> tuple[str, int | None]:

@@ -16,7 +16,12 @@ SMALL = {"chunk_size": 16, "group_size": 4, "sink_chunks": 1, "local_chunks": 2,
 MODEL = ModelConfig(
     model_type="llama", vocab_size=64, hidden_size=32, layers=1, heads=4, kv_heads=2, head_dim=16, mlp_size=32, native_context=4096
 )
-TIERS = {"device": {}, "host": {"tier": "host"}, "bank": {"tier": "host", "bank_pages": 10}}
+TIERS = {
+    "device": {},
+    "host": {"tier": "host"},
+    "bank": {"tier": "host", "bank_pages": 10},
+    "summaries": {"tier": "host", "host_summaries": 1},
+}
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +162,7 @@ def teacher_forced(decoder, backend, tokens, position, states):
 @pytest.mark.gpu
 @pytest.mark.parametrize("policy", ["sketch", "paper"])
 def test_300_tokens_on_a_gpu(policy):
-    """Two layers in bfloat16: kernels over the device, the host and a bank beside the XLA operations, from short prompts and a long one.
+    """Two layers in bfloat16: kernels over the device, the host, a bank, and with summaries on the host, beside the XLA operations.
 
     bfloat16 has 8 bits, and two layers of differently ordered sums give logits that differ by half a per cent or so. The same pages must
     be open: a page that only one of two runs opens moves single logits by far more.

@@ -109,6 +109,19 @@ def test_expert_mlp(tokens, experts, choices, size, width, fp8, interpret):
     assert relative(out, expected) < 2e-6
 
 
+@pytest.mark.gpu
+def test_experts_in_host_memory_are_read_in_place():
+    """The same bytes from the other memory give the same sums, bit for bit."""
+    rng = np.random.default_rng(11)
+    x, ids = jnp.asarray(rng.standard_normal((1, 512)), jnp.bfloat16), jnp.asarray([[3, 0, 5]], jnp.int32)
+    weights = jnp.asarray(rng.uniform(0, 1, (1, 3)), jnp.float32)
+    values, scales = zip(*(block_scaled(rng, 6, *shape) for shape in ((256, 512), (256, 512), (512, 256))), strict=True)
+    host = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+    run = jax.jit(moe_decode.expert_mlp)
+    here, there = (run(x, ids, weights, *arrays) for arrays in ((values, scales), jax.device_put((values, scales), host)))
+    np.testing.assert_array_equal(np.asarray(there, np.float32), np.asarray(here, np.float32))
+
+
 def test_conversions_agree_on_every_value():
     from pallas_kernels.fp8 import to_float32
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from convert.synthetic import make_config
-from hga_jax.bench._whole_model import decode_bytes, estimate_5090, parts
-from hga_jax.config import ModelConfig
+from hga_jax.bench._whole_model import Case, decode_bytes, estimate_5090, parts
+from hga_jax.config import HGAConfig, ModelConfig
 
 CONFIG = ModelConfig.from_hf(make_config("qwen3-30b-a3b-fp8"))
 FIGURES = {"decode_fetched_fraction": 0.03, "bank_hit_rate": 0.5, "history_tier": "host"}
@@ -38,3 +38,8 @@ def test_a_slower_memory_stretches_what_is_not_launching():
     figures = {"decode_parts": {"experts": {"us": 22.3, "launches": 1.0}}, "decode_bytes": {"experts": ("hbm_gb_s", 1.0)}}
     assert estimate_5090(figures, {"hbm_gb_s": 2 * 1792.0}, 10) == pytest.approx(1e6 / (10 * (2.3 + 2 * 20)))
     assert estimate_5090(figures, {"hbm_gb_s": 1792.0}, 10) == pytest.approx(1e6 / (10 * 22.3))
+
+
+@pytest.mark.parametrize(("prompt", "new", "expected"), [(262_144, 512, 261_632), (262_144, 8, 262_080), (65_536, 512, 65_536)])
+def test_a_prompt_leaves_room_for_the_answer(prompt, new, expected):
+    assert Case(prompt, new, "auto", "hga", HGAConfig()).within(262_144).prompt_tokens == expected

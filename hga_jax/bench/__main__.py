@@ -7,6 +7,7 @@ import pkgutil
 import sys
 
 import hga_jax.bench
+from hga_jax.plan import allow_pinning_all
 
 
 def main() -> None:
@@ -14,6 +15,7 @@ def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1] not in names:
         print(f"usage: python -m hga_jax.bench {{{','.join(names)}}} [options]", file=sys.stderr)
         sys.exit(2)
+    allow_pinning_all()
     if sys.argv[1] == "load" and "--session" in sys.argv[2:]:
         importlib.import_module("hga_jax.bench.session").main(["resume", *(word for word in sys.argv[2:] if word != "--session")])
     elif "--whole-model" in sys.argv[2:]:

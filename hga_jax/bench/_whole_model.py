@@ -29,7 +29,7 @@ from hga_jax.config import HGAConfig, ModelConfig, parse_threshold
 from hga_jax.language_model import LanguageModel, make_backend
 from hga_jax.model import Decoder, weight_leaves
 from hga_jax.placement import default_placement
-from hga_jax.plan import place_history
+from hga_jax.plan import layers_to_host, place_history
 from hga_jax.quantized import AbstractWeight, BlockScaled, Weight
 
 # Which part of a layer a kernel belongs to, by the first pattern its name contains.
@@ -56,6 +56,18 @@ class Case:
     tier: str
     attention: str
     hga: HGAConfig
+    rope_scaling: str = "none"
+
+    @property
+    def room(self) -> int:
+        """Tokens for the answer; the warm-up makes some too."""
+        return max(self.new_tokens, 64)
+
+    def within(self, native: int) -> Case:
+        """The case with a prompt that leaves room for the answer in a native context of so many tokens, unless the rope is stretched."""
+        if self.rope_scaling != "none":
+            return self
+        return replace(self, prompt_tokens=min(self.prompt_tokens, native - self.room))
 
 
 @partial(jax.jit, static_argnums=1)
@@ -88,31 +100,43 @@ def random_decoder(config: ModelConfig, dtype: Any, host_experts: int = 0) -> De
     return with_weights(abstract, {path: make(path, leaf) for path, leaf in weight_leaves(abstract).items()})
 
 
-def open_model(options: argparse.Namespace) -> LanguageModel:
+def open_model(options: argparse.Namespace, hga: HGAConfig) -> LanguageModel:
     """The checkpoint or the random model; without end tokens, so that it makes as many as it is asked for."""
     dtype = jnp.bfloat16
     if options.model is None:
         config = ModelConfig.from_hf(make_config(options.shape + ("-fp8" if options.random_fp8 else ""), options.layers))
-        decoder, name = random_decoder(config, dtype, options.host_experts), f"random {options.shape}, {config.layers} layers"
     else:
-        read_config(options.model)
-        decoder, config = load_decoder(options.model, dtype=dtype, host_experts=options.host_experts)
+        config = read_config(options.model)
+    hosted = options.host_experts
+    if hosted is None:
+        longest = Case(max(options.ctx), options.new_tokens, "auto", options.attention, hga, options.rope_scaling).within(
+            config.native_context
+        )
+        backend = make_backend(options.attention, config, hga)
+        hosted = layers_to_host(config, backend, longest.prompt_tokens + longest.room, dtype, options.tier[-1])
+    if options.model is None:
+        decoder, name = random_decoder(config, dtype, hosted), f"random {options.shape}, {config.layers} layers"
+    else:
+        decoder, config = load_decoder(options.model, dtype=dtype, host_experts=hosted)
         name = str(options.model)
+    if hosted:
+        name += f", experts of {hosted} layers in host memory"
     return LanguageModel(decoder, replace(config, eos_token_ids=()), None, name)
 
 
 def measure(model: LanguageModel, case: Case, *, trace: bool = True) -> dict[str, Any]:
     """One prompt: times of the second run, kernels of the third."""
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, case.prompt_tokens, dtype=np.int32)
-    ctx = case.prompt_tokens + max(case.new_tokens, 64)
-    run = partial(model.generate, ids, ctx=ctx, kv_store=case.tier, attention=case.attention, hga=case.hga, rope_scaling="none")
+    ctx = case.prompt_tokens + case.room
+    backend = make_backend(case.attention, model.config, case.hga)
+    plan = place_history(model.config, backend, ctx, model.dtype, case.tier, host_experts=model.host_experts)[1]
+    run = partial(model.generate, ids, ctx=ctx, kv_store=case.tier, attention=case.attention, hga=case.hga, rope_scaling=case.rope_scaling)
     run(max_new_tokens=40)
     result = run(max_new_tokens=case.new_tokens)
     figures = asdict(result)
     for name in ("text", "tokens", "model", "rope_scaling"):
         figures.pop(name)
-    backend = make_backend(case.attention, model.config, case.hga)
-    figures["plan"] = place_history(model.config, backend, ctx, model.dtype, case.tier, host_experts=model.host_experts)[1].as_json()
+    figures["plan"] = plan.as_json()
     if trace:
         with KernelTrace() as prefill:
             prefill.start()
@@ -194,7 +218,10 @@ def main(what: str, argv: list[str]) -> None:
     parser.add_argument("--layers", type=int, help="of the random model (default: as the real one)")
     parser.add_argument("--random-fp8", action="store_true", help="FP8 weights in the random model")
     parser.add_argument("--ctx", type=int, nargs="+", default=[65536], help="prompt tokens")
-    parser.add_argument("--host-experts", type=int, default=0, help="layers whose experts lie in pinned host memory")
+    parser.add_argument("--rope-scaling", default="none", help="of generate: none keeps prompts within the native context")
+    parser.add_argument(
+        "--host-experts", type=int, help="layers whose experts lie in pinned host memory (default: as the longest prompt asks)"
+    )
     parser.add_argument("--new-tokens", type=int, default=512)
     parser.add_argument("--tier", nargs="+", default=["auto"], help="--kv-store of generate")
     parser.add_argument("--attention", choices=("hga", "dense"), default="hga")
@@ -207,7 +234,7 @@ def main(what: str, argv: list[str]) -> None:
     if options.quality:
         hga = replace(hga, threshold=parse_threshold(options.quality))
     limits = measured_ceilings()
-    model = open_model(options)
+    model = open_model(options, hga)
     report: dict[str, Any] = {
         "command": " ".join([f"python -m hga_jax.bench {what}", *argv]), "environment": environment(), "ceilings": limits,
         "model": model.name, "layers": model.config.layers, "results": [],
@@ -215,11 +242,14 @@ def main(what: str, argv: list[str]) -> None:
     print(report["environment"], model.name, flush=True)
     for prompt in options.ctx:
         for tier in options.tier:
-            case = Case(prompt, options.new_tokens, tier, options.attention, hga)
-            result = {"prompt_tokens": prompt, **measure(model, case, trace=not options.no_trace)}
+            native = model.config.native_context
+            case = Case(prompt, options.new_tokens, tier, options.attention, hga, options.rope_scaling).within(native)
+            if case.prompt_tokens < prompt:
+                print(f"{prompt} tokens and an answer exceed the native context of {native}: {case.prompt_tokens} instead", flush=True)
+            result = {"prompt_tokens": case.prompt_tokens, **measure(model, case, trace=not options.no_trace)}
             if not options.no_trace:
-                result["decode_bytes"] = decode_bytes(model.config, result, prompt)
-                result["prefill_flops"] = prefill_flops(model.config, prompt)
+                result["decode_bytes"] = decode_bytes(model.config, result, case.prompt_tokens)
+                result["prefill_flops"] = prefill_flops(model.config, case.prompt_tokens)
                 if result["decode_parts"]:
                     result["rtx_5090_estimate_tokens_per_second"] = estimate_5090(result, limits, model.config.layers)
             report["results"].append(result)

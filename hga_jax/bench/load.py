@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import resource
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -60,10 +61,36 @@ def read_files(files: list[Path], readers: int) -> float:
     return seconds
 
 
-def resident_bytes() -> int:
-    """Bytes of main memory this process holds now."""
-    pages = Path("/proc/self/statm").read_text().split()[1]
-    return int(pages) * resource.getpagesize()
+def resident_bytes() -> dict[str, int]:
+    """Bytes of main memory this process holds now: in all, its own (anonymous), mapped from files, and shared (some drivers pin there)."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    names = {"all": "VmRSS", "anonymous": "RssAnon", "files": "RssFile", "shared": "RssShmem"}
+    return {name: int(lines[field].split()[0]) * 1024 for name, field in names.items()}
+
+
+class ResidentPeak:
+    """The largest of each of `resident_bytes` while it is open, looked at every few milliseconds."""
+
+    def __init__(self):
+        self.peak = resident_bytes()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> ResidentPeak:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._done.set()
+        self._thread.join()
+        self._look()
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.005):
+            self._look()
+
+    def _look(self) -> None:
+        self.peak = {name: max(size, self.peak[name]) for name, size in resident_bytes().items()}
 
 
 def measure(directory: Path, *, cold: bool, readers: int) -> tuple[Any, dict[str, Any]]:
@@ -80,10 +107,11 @@ def measure(directory: Path, *, cold: bool, readers: int) -> tuple[Any, dict[str
     device = jax.devices()[0]
     jax.block_until_ready(jax.device_put(np.zeros(1), device))
     before = resident_bytes()
-    begin = time.perf_counter()
-    decoder, config = load_decoder(directory, dtype=default_dtype(), readers=readers)
-    seconds = time.perf_counter() - begin
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    with ResidentPeak() as watched:
+        begin = time.perf_counter()
+        decoder, config = load_decoder(directory, dtype=default_dtype(), readers=readers)
+        seconds = time.perf_counter() - begin
+    peak = watched.peak | {"all": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
     leaves = {path: sum(x.nbytes for x in jax.tree.leaves(leaf)) for path, leaf in weight_leaves(decoder).items()}
     hosted = sum(size for path, size in leaves.items() if on_host(path, config, device))
     stats = device.memory_stats() or {}
@@ -92,7 +120,7 @@ def measure(directory: Path, *, cold: bool, readers: int) -> tuple[Any, dict[str
         "read_seconds": reading, "read_gb_s": nbytes / reading / 1e9,
         "load_seconds": seconds, "load_gb_s": nbytes / seconds / 1e9, "ratio": seconds / reading,
         "device_bytes": sum(leaves.values()) - hosted, "pinned_bytes": hosted, "device_peak_bytes": stats.get("peak_bytes_in_use"),
-        "host_bytes_before": before, "host_peak_bytes": peak,
+        "host_bytes_before": before["all"], "host_peak_bytes": peak["all"], "host_peaks": peak, "host_before": before,
     }  # fmt: skip
 
 
@@ -122,7 +150,8 @@ def print_result(result: dict[str, Any]) -> None:
     )
     peak = result["device_peak_bytes"]
     print(
-        f"host: {result['host_bytes_before'] / gib:.2f} GiB before, peak {result['host_peak_bytes'] / gib:.2f} GiB, "
+        f"host: {result['host_bytes_before'] / gib:.2f} GiB before, peak {result['host_peak_bytes'] / gib:.2f} GiB "
+        f"({', '.join(f'{name} {size / gib:.2f}' for name, size in result['host_peaks'].items() if name != 'all')}), "
         f"of it pinned for good {result['pinned_bytes'] / gib:.2f}; "
         f"device: weights {result['device_bytes'] / gib:.3f} GiB, peak {'unknown' if peak is None else f'{peak / gib:.3f} GiB'}",
         flush=True,

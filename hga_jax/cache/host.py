@@ -5,6 +5,7 @@ On a CPU the device's memory is the host's and everything runs through the same 
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +18,9 @@ from hga_jax.cache.window import WindowPlaces, place_of, window_page_count
 from hga_jax.config import HGAConfig
 from hga_jax.pytree import register
 from pallas_kernels.routed_decode_attention import Bank, copy_pages
+
+PINNED_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"  # JAX's own variable, read when its GPU client starts
+PINNED_DEFAULT = 64  # GiB that JAX pins at most where the variable is not set: 640K tokens of Qwen3-30B-A3B
 
 
 @register
@@ -93,6 +97,17 @@ class HostHistory(Paged):
         page, per_chunk = jnp.maximum(end - 1, 0) // config.chunk_size * config.groups_per_chunk, config.groups_per_chunk
         place = place_of(page, config)
         return copy_pages(target, self.window, target_page=page, source_page=place, count=jnp.int32(per_chunk), most=per_chunk, **how)
+
+
+def allow_pinning(size: int) -> None:
+    """Let JAX pin so many bytes of host memory, unless the user said how many. To be called before JAX looks for devices."""
+    os.environ.setdefault(PINNED_LIMIT, str(size // 2**30))
+
+
+def pinned_limit() -> int:
+    """Bytes of host memory that JAX pins at most."""
+    said = os.environ.get(PINNED_LIMIT, "")
+    return (int(said) if said.isdecimal() else PINNED_DEFAULT) * 2**30
 
 
 def put_on_host(array: Array) -> Array:
