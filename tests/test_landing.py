@@ -1,5 +1,7 @@
 """Memory that files are read into on their way to the device: what was filled in arrives, and stays when the memory is used again."""
 
+import threading
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +13,16 @@ from hga_jax.cache.landing import ALIGNMENT, Landing, aligned_zeros, writable_vi
 SHAPE = (3, 40, 2, 16, 8)
 
 
+@pytest.fixture(params=["here", "pinned"])
+def memory(request, monkeypatch):
+    """Rooms as on this machine, and on a CPU also as on a GPU: JAX keeps arrays apart that are said to be pinned."""
+    if request.param == "pinned":
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    return request.param
+
+
 @pytest.mark.parametrize("tier", ["device", "host"])
-def test_rooms_are_used_in_turn(tier):
+def test_rooms_are_used_in_turn(memory, tier):
     generator = np.random.default_rng(0)
     expected = generator.integers(0, 2**15, (7, *SHAPE), np.uint16).view(jnp.bfloat16)
     landing = Landing(SHAPE, "bfloat16", 2)
@@ -25,16 +35,21 @@ def test_rooms_are_used_in_turn(tier):
         landing.take(other, tier)
     for array, data in zip(taken, expected, strict=True):
         np.testing.assert_array_equal(np.asarray(array).view(np.uint16), data.view(np.uint16))
+    if memory == "pinned":
+        assert room.array.sharding.memory_kind == "pinned_host"
+        assert taken[0].sharding.memory_kind == {"device": "device", "host": "pinned_host"}[tier]
 
 
-@pytest.mark.gpu
-def test_rooms_are_pinned_and_hold_what_goes_to_the_host():
-    landing = Landing(SHAPE, "bfloat16", 1)
-    room = landing.room()
-    assert room.array.sharding.memory_kind == "pinned_host"
-    assert landing.take(room, "host").sharding.memory_kind == "pinned_host"
-    assert landing.room().array is room.array
-    assert landing.take(room, "device").sharding.memory_kind == "device"
+def test_a_room_is_waited_for():
+    landing = Landing(SHAPE, np.float32, 1)
+    room, got = landing.room(), []
+    waiting = threading.Thread(target=lambda: got.append(landing.room()))
+    waiting.start()
+    waiting.join(0.05)
+    assert not got
+    landing.give_back(room)
+    waiting.join()
+    assert got == [room]
 
 
 def test_view_writes_the_array_itself():

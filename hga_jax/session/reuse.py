@@ -18,7 +18,8 @@ from hga_jax.cache.disk import PAGES, PIECE_SUMS, REQUESTS, BlockStore, Header, 
 from hga_jax.cache.landing import Landing
 from hga_jax.session.state_format import Blank, StateFormat, history_of, unpack
 
-READ_AHEAD = 512 * 2**20  # bytes of pages under way at a time: enough to keep a disk busy, little beside the history
+READ_AHEAD = 5 * 2**28  # bytes of pages under way at a time, on the host and for a moment on the device: 2 layers of 256K tokens
+MOST_AT_ONCE = 4  # layers under way at a time, enough to keep a disk busy
 
 
 class DamagedBlock(StoreError):
@@ -128,7 +129,7 @@ def load_states(store: BlockStore, form: StateFormat, stored: Stored, backend: A
     shape = history_of(blank.shapes).pages.shape
     pages = StoredPages(store, form, stored.chain, shape[1])
     layer_bytes = math.prod(shape) * jnp.dtype(form.dtype).itemsize
-    at_once = min(max(2, READ_AHEAD // layer_bytes), form.layers)
+    at_once = min(max(1, READ_AHEAD // layer_bytes), MOST_AT_ONCE, form.layers)
     landing = Landing(shape, form.dtype, at_once)
 
     def load(layer: int) -> Any:

@@ -169,14 +169,11 @@ def unpack(packed: UInt8[np.ndarray, "*n B"]) -> UInt8[np.ndarray, "*n P"]:
 
 
 class Blank:
-    """What states that hold stored tokens are made of beside those: shapes, and empty arrays for what is not stored."""
+    """What states that hold stored tokens are made of beside those: the shapes of all their arrays."""
 
     def __init__(self, backend: AttentionBackend, form: StateFormat, capacity: int):
-        def state() -> Any:
-            return backend.init_state(capacity, form.kv_heads, form.head_dim, jnp.dtype(form.dtype))
-
-        self.form, self.shapes = form, jax.eval_shape(state)
-        self._marks = jax.jit(lambda: getattr(state(), "marks", None))  # the compiler drops what is not asked for
+        self.form = form
+        self.shapes = jax.eval_shape(lambda: backend.init_state(capacity, form.kv_heads, form.head_dim, jnp.dtype(form.dtype)))
 
     @property
     def on_host(self) -> bool:
@@ -203,9 +200,8 @@ class Blank:
         if self.on_host:
             filled = [put_on_host(part) for part in filled]
         stamps = None if self.shapes.stamps is None else _stamps(self.form, self.shapes.stamps.shape, length, notes)
-        return replace(
-            self.shapes, history=history, summaries=jax.tree.unflatten(tree, filled), stamps=stamps, marks=self._marks()
-        )  # fmt: skip
+        marks = None if self.shapes.marks is None else jnp.zeros(self.shapes.marks.shape, self.shapes.marks.dtype)
+        return replace(self.shapes, history=history, summaries=jax.tree.unflatten(tree, filled), stamps=stamps, marks=marks)
 
 
 def with_memory(form: StateFormat, state: Any, length: int, summaries: list[np.ndarray], notes: UInt8[np.ndarray, "K P"] | None) -> Any:
