@@ -59,6 +59,9 @@ def compare(block_by_block, at_once):
         np.testing.assert_array_equal(stamps_2, stamps)
         np.testing.assert_allclose(out_2, out, atol=2e-5)
         for field in fields(stats):
+            if field.name == "unopened":  # by page lists from every fourth query
+                np.testing.assert_allclose(stats_2.unopened, stats.unopened, rtol=0.3)
+                continue
             np.testing.assert_allclose(getattr(stats_2, field.name), getattr(stats, field.name), rtol=1e-4, atol=1e-3, err_msg=field.name)
 
 

@@ -11,7 +11,7 @@ def reference_route(
 ):  # fmt: skip
     """query [T, N, H]; keys [K, S, H] exact; sketched [K, S, H]. screen: None, or a dict with the fields of config.Screen.
 
-    Returns visible[k][t], the pages each query sees, stamps, refused, unopened (summed over screening queries times stride, averaged over
+    Returns visible[k][t], the pages each query sees, stamps, refused, unopened (summed over every fourth query times 4, averaged over
     heads), and the smallest |log(mass / bound)| met: how far rounding is from changing a decision.
     """
     query, keys, sketched = (np.asarray(x, np.float64) for x in (query, keys, sketched))
@@ -56,7 +56,8 @@ def reference_route(
                         cheap = {p: (rows.mean(0) @ q + off * np.sqrt(rows.var(0).mean())) * scale for p, rows in tokens.items()}
                     heads.append((exact, cheap, log_sum(list(keys[k, near] @ q * scale))))
                 if t % stride == 0:
-                    screened.append((row, [(cheap, log_sum([window, *cheap.values()])) for _, cheap, window in heads]))
+                    if t % 4 == 0:
+                        screened.append((row, [(cheap, log_sum([window, *cheap.values()])) for _, cheap, window in heads]))
                     if screen:
                         bound = np.log(threshold * screen["margin"])
                         wanted = [p for p in middle if np.any([reaches(cheap[p], window + bound) for _, cheap, window in heads])]
@@ -81,5 +82,5 @@ def reference_route(
             for row, heads in screened:
                 for cheap, total in heads:
                     shut = [np.exp(score - total) for p, score in cheap.items() if listed.get(p, chunk_size) > row]
-                    unopened += stride * sum(shut) / query.shape[1]
+                    unopened += 4 * sum(shut) / query.shape[1]
     return visible, stamps, refused, unopened, closest
