@@ -228,8 +228,8 @@ def activation_bytes(config: ModelConfig, ctx: int, width: int, tokens: int, hga
 
     Projections: input, normalised input, float32 products of q, k, v, the same turned, outputs. Attention, unless dense (`hga` None): q, k,
     v, outputs, and what routing makes for a layer: the history's keys as their sketches remember them, page means, page lists, and a byte a
-    block and page in up to six tables; where all sketches are scanned, the keys in 8 bits as well. Expert MLP: a row of F and one of D for
-    each token and chosen expert (see pallas_kernels.moe_prefill), input, normalised input, output.
+    block and page in up to six tables. Expert MLP: a row of F and one of D for each token and chosen expert (see
+    pallas_kernels.moe_prefill), input, normalised input, output.
     The compiler's own figures for Qwen3-30B-A3B-FP8, segments of 16,384 tokens, are below these: 0.75 GiB where this says 0.88 (262,144
     tokens), 0.86 and 1.09 (524,288), 1.52 and 1.81 (1,048,576), the super-block's activations apart.
     """
@@ -242,8 +242,7 @@ def activation_bytes(config: ModelConfig, ctx: int, width: int, tokens: int, hga
     attention = 0
     if hga is not None:
         blocks, pages = tokens // hga.chunk_size + 1, ctx // hga.group_size
-        key = config.head_dim * (width if hga.screened(ctx) else width + 1)
-        routing = config.kv_heads * (ctx * key + pages * config.head_dim * width + blocks * (3 * hga.page_capacity * 8 + 6 * pages))
+        routing = config.kv_heads * ((ctx + pages) * config.head_dim * width + blocks * (3 * hga.page_capacity * 8 + 6 * pages))
         attention = tokens * (hidden + heads + out) * width + routing
     return size * hidden * width + max(projections, attention, mlp) + 2 * config.vocab_size * 4
 

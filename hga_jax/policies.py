@@ -165,8 +165,7 @@ def list_by_threshold(
     def run(query: Array, pages: Array, sketches: KeySketches, stamps: Array, start: Array, count: Array) -> tuple:
         closed = (start + count) // config.chunk_size
         keys = page_keys(
-            sketches.means, sketches.codes, sketches.scales, rotation, config.group_size, closed, scanned=screen is None,
-            implementation=implementation,
+            sketches.means, sketches.codes, sketches.scales, rotation, config.group_size, closed, implementation=implementation
         )  # fmt: skip
         found = route(
             query, pages, keys, stamps, start, count, rule=rule, threshold=config.threshold_for(ratio), capacity=config.page_capacity,

@@ -1,8 +1,8 @@
 """The full scan of prefill routing, one layer, under several settings of its kernels: which is the fastest, and do they agree?
 
-A setting is `16:PAGESxWARPSxSTAGES` (16-bit products) or `8:CHUNKSxWARPSxSTAGESxTOKENS` (8-bit ones), with `:ROWS` behind it for another
-number of rows a program. Keys and queries as in `python -m hga_jax.bench prefill`. Printed: milliseconds of the three launches, the rate
-of the second, pages scored twice in a program (row tile of a block), and requests that differ from the first setting's.
+A setting is PAGESxWARPSxSTAGES of a program's steps, with `:ROWS` behind it for another number of rows a program. Keys and queries as in
+`python -m hga_jax.bench prefill`. Printed: milliseconds of the three launches, the rate of the second, pages scored twice in a program (row
+tile of a block), and requests that differ from the first setting's.
 """
 
 from __future__ import annotations
@@ -22,27 +22,20 @@ from hga_jax.config import HGAConfig
 from hga_jax.policies import policy_for
 from hga_jax.sketches import built_in_rotation
 from pallas_kernels.sketch_prefill_routing import Config, Rule, Tile
-from pallas_kernels.sketch_prefill_routing.keys import PageKeys, page_keys
+from pallas_kernels.sketch_prefill_routing.keys import page_keys
 from pallas_kernels.sketch_prefill_routing.scan import mark, settle
 
-SETTINGS = (
-    "16:64x8x3", "16:64x8x4", "16:64x16x3:256", "8:32x8x4x2", "8:32x8x3x2", "8:32x8x5x2", "8:32x8x4x1", "8:16x8x4x4", "8:64x8x3x1",
-    "8:64x8x3x2", "8:32x4x4x2", "8:32x4x4x2:64", "8:64x4x3x1:64", "8:32x16x3x2:256", "8:64x16x3x1:256",
-)  # fmt: skip
+SETTINGS = ("64x8x3", "64x8x4", "32x8x3", "128x8x3", "64x16x3:256")
 
 
-def parse(setting: str) -> tuple[bool, Config]:
-    """(whether products have 8 bits, settings of the kernels). Raises ValueError."""
+def parse(setting: str) -> Config:
+    """Raises ValueError."""
     try:
-        bits, tile, *rows = setting.split(":")
-        numbers = [int(n) for n in tile.split("x")]
-        if (bits, len(numbers)) not in (("8", 4), ("16", 3)) or len(rows) > 1:
-            raise ValueError("a wrong number of numbers")
-        more: dict[str, Any] = {"rows": int(rows[0])} if rows else {}
-        more |= {"rough": Tile(*numbers[:3]), "rough_tokens": numbers[3]} if bits == "8" else {"tokens": Tile(*numbers)}
-        return bits == "8", Config(**more)
+        tile, *rows = setting.split(":")
+        pages, warps, stages = (int(n) for n in tile.split("x"))
+        return Config(tokens=Tile(pages, warps, stages), **({"rows": int(rows[0])} if rows else {}))
     except ValueError as error:
-        raise ValueError(f"setting {setting!r}: {error}; write 16:PAGESxWARPSxSTAGES or 8:CHUNKSxWARPSxSTAGESxTOKENS, then :ROWS") from None
+        raise ValueError(f"setting {setting!r}: {error}; write PAGESxWARPSxSTAGES, then :ROWS") from None
 
 
 def main(argv: list[str]) -> None:
@@ -68,13 +61,13 @@ def main(argv: list[str]) -> None:
     sketches = jax.jit(policy_for(config, None, head_dim, head_dim**-0.5).summarise)(keys.swapaxes(0, 1))
     arrays = [x if x.dtype == jnp.uint8 else x.astype(keys.dtype) for x in (sketches.means, sketches.codes, sketches.scales)]
     rotation, closed = jnp.asarray(built_in_rotation(head_dim), jnp.float32), jnp.int32(options.tokens // CHUNK)
-    by_page = page_keys(*arrays, rotation, GROUP, closed, scanned=True, implementation="pallas", interpret=options.interpret)
+    by_page = page_keys(*arrays, rotation, GROUP, closed, implementation="pallas", interpret=options.interpret).tokens
     rule = Rule(CHUNK, GROUP, SINKS, LOCAL, head_dim**-0.5)
     results: list[dict[str, Any]] = []
     expected = None
-    for name, (rough, kernels) in settings.items():
+    for name, kernels in settings.items():
         try:
-            result, first = measure(query, pages, by_page if rough else by_page._replace(rough=None), rule, config, kernels, options)
+            result, first = measure(query, pages, by_page, rule, config, kernels, options)
         except Exception as error:  # a setting that does not fit this GPU must not lose the others
             print(f"{name:18s} {type(error).__name__} {str(error)[:150]}", flush=True)
             continue
@@ -95,7 +88,7 @@ def main(argv: list[str]) -> None:
 
 
 def measure(
-    query: jax.Array, pages: jax.Array, keys: PageKeys, rule: Rule, config: HGAConfig, kernels: Config, options: argparse.Namespace
+    query: jax.Array, pages: jax.Array, keys: jax.Array, rule: Rule, config: HGAConfig, kernels: Config, options: argparse.Namespace
 ) -> tuple[dict[str, Any], np.ndarray]:
     """Figures of one setting, and the first rows that ask for pages [K, B, P] (chunk_size for none, and outside the routed middle)."""
     tokens, heads, head_dim = query.shape
@@ -124,7 +117,7 @@ def measure(
     result = {
         **parts,
         "total_ms": 0.0 if options.interpret else 1e3 * median_seconds(scan, 3),
-        "tera_operations": operations / max(parts["pages_ms"], 1e-9) / 1e9,
+        "tera_operations": operations / parts["pages_ms"] / 1e9 if parts["pages_ms"] else 0.0,
         "candidates_mean": float(near.mean()),
         "candidates_most": int(near.max()),
         "overflows": int((near > options.candidates).sum()),

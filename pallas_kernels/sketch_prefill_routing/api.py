@@ -86,7 +86,7 @@ def route(
     capacity = min(capacity, stamps.shape[1])
     if screen is None:
         rule, vectors, spreads = replace(rule, stride=1), keys.tokens, None
-        window, mass, first = steps.scan(query, bounds, pages, keys, threshold=threshold, rule=rule)
+        window, mass, first = steps.scan(query, bounds, pages, keys.tokens, threshold=threshold, rule=rule)
     else:
         rule = replace(rule, stride=screen.stride, spread=screen.spread)
         vectors, spreads = keys.means, keys.spreads

@@ -92,23 +92,19 @@ class Tile:
 @dataclass(frozen=True)
 class Config:
     """rows: (query, head) rows of one program, at most. means, tokens: how pages are scored by their mean, and by their tokens.
-    rough, rough_tokens: how a scan by 8-bit products scores one page of each of as many chunks, so many of its tokens in one product.
-    candidates: pages of one program that may be scored again
-    by their tokens; where more might be asked for, all are. list_pages, list_warps: pages that the list kernel looks at in one step, and
-    its warps.
+    candidates: pages that one program of a scan may score twice; where more might be asked for, it scores all of them twice. list_pages,
+    list_warps: pages that the list kernel looks at in one step, and its warps.
     """
 
     rows: int = 128
     means: Tile = Tile(64, 4, 2)
     tokens: Tile = Tile(64, 8, 3)
-    rough: Tile = Tile(32, 8, 4)
-    rough_tokens: int = 2
     candidates: int = 512
     list_pages: int = 4096
     list_warps: int = 8
 
     def __post_init__(self):
-        for name in ("rows", "rough_tokens", "list_pages", "list_warps"):
+        for name in ("rows", "list_pages", "list_warps"):
             if not power_of_two(getattr(self, name)):
                 raise ValueError(f"{name}={getattr(self, name)} must be a power of two")
         if self.candidates < 1:

@@ -1,4 +1,4 @@
-"""The scoring kernels: probe queries against pages, four ways, one program per (row tile, block, kv head).
+"""The scoring kernels: probe queries against pages, several ways, one program per (row tile, block, kv head).
 
 A row is one head of one probing query; a block is one chunk of queries. A page's score is the largest of its `parts` vectors' dot products
 with the row (16 sketched keys, or one mean plus so many standard deviations). The vectors are stored part-major, [K, parts, P, H], so that
@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.indexing import outer, span
 from pallas_kernels.limits import check_offsets, power_of_two
-from pallas_kernels.sketch_prefill_routing.config import Config, Rule, Tile
+from pallas_kernels.sketch_prefill_routing.config import Config, Rule
 from pallas_kernels.sketch_prefill_routing.keys import PageKeys
 
 LOG2E = math.log2(math.e)
@@ -316,7 +316,6 @@ def launch(
     config: Config,
     interpret: bool,
     aliases: dict[int, int] | None = None,
-    tile: Tile | None = None,
     **settings: Any,
 ) -> Any:
     """One launch of a scoring kernel; operands that are None are left out. The first two are bounds and query. parts: vectors a page."""
@@ -324,7 +323,7 @@ def launch(
     check_offsets(**{f"operand {i}": x for i, x in enumerate((*operands, *jax.tree.leaves(shapes)))})
     query, ratio = operands[1], settings["ratio"]
     tiles, size = row_tiles(rule, ratio, config)
-    tile = tile or config.tile(parts)
+    tile = config.tile(parts)
     return pl.pallas_call(
         partial(kernel, size=size, rule=rule, tile_pages=tile.pages, interpret=interpret, **settings),
         grid=(tiles, rule.blocks(query.shape[0]), query.shape[1] // ratio),

@@ -31,18 +31,11 @@ from pallas_kernels.sketch_prefill_routing.kernel import (
     log2_mass,
     none_dtype,
     page_scores,
-    product,
     request_bound,
     routed_middle,
     row_tiles,
     window_mass,
 )  # fmt: skip
-from pallas_kernels.sketch_prefill_routing.keys import PageKeys
-from pallas_kernels.sketch_prefill_routing.sketches import TINY
-
-# Rounding of an 8-bit product, times the root of the head dimension: five standard deviations. Integers of a rotated row have a root mean
-# square of about 42 (the largest of 128 Gaussian numbers lies 3 away), of a page's residuals 84, and each is rounded with 0.29.
-ROUNDING = 136
 
 
 def _program(bounds_ref: Any, query_ref: Any, ratio: int, size: int, rule: Rule) -> tuple[Any, Any, Any, Probes]:
@@ -72,112 +65,41 @@ def _windows_kernel(
         plgpu.store(window_ref.at[outer(k, block, probes.row)], log2_mass(windows) / LOG2E, mask=probes.inside)
 
 
-def _eight_bits(query: Array, rotation_ref: Any) -> tuple[Array, Array]:
-    """Rows of the rotated query as 8-bit integers, and what one is worth in each row."""
-    head_dim = rotation_ref.shape[0]
-    dim = span(0, query.shape[1])
-    mask = (dim < head_dim)[:, None] & (dim < head_dim)[None, :]
-    rotated = product(query, plgpu.load(rotation_ref.at[outer(dim, dim)], mask=mask, other=0))
-    unit = jnp.maximum(jnp.max(jnp.abs(rotated), axis=1), TINY) / 127
-    return jnp.floor(rotated / unit[:, None] + 0.5).astype(jnp.int32).astype(jnp.int8), unit
-
-
 def _pages_kernel(
     bounds_ref,  # [2] i32: position of query row 0, live rows
     query_ref,  # [T, N, H]
     window_ref,  # [K, B, rows] f32
-    *refs,  # tokens [K, parts, P, H], or the fields of RoughKeys (of the rotation the transpose); then out
+    keys_ref,  # [K, parts, P, H] tokens of pages
+    mass_ref,  # [K, B, rows] f32 out
+    marks_ref,  # [K, B, tiles, P] out: 0 for a page that a row may ask for, chunk_size for others
+    *,
     ratio: int,
     size: int,
     threshold: float,
     rule: Rule,
     tile_pages: int,
-    tokens_at_once: int,
     interpret: bool,
 ):
-    """out: mass [K, B, rows] f32; marks [K, B, tiles, P]: 0 for a page that a row may ask for, chunk_size for others."""
-    *keys_refs, mass_ref, marks_ref = refs
     tile, block, k, probes = _program(bounds_ref, query_ref, ratio, size, rule)
 
     @pl.when(probes.block_live)
     def _():
         first, end = routed_middle(probes.own_chunk, rule)
 
-        def look(page: Array, scores: Array, error: Any, mass: tuple) -> tuple:
-            """error: by how much a row's exact scores may exceed these."""
+        def look(i: Any, mass: tuple) -> tuple:
+            page = end - (i + 1) * tile_pages + span(0, tile_pages)
             there = page >= first
+            scores = page_scores(probes, keys_ref, None, None, k, page, there, rule)
             mass = add_scores(mass, jnp.where(there[None, :], scores, -jnp.inf), interpret)
-            bound = jnp.where(probes.live, log2_mass(mass) + math.log2(threshold) - error, jnp.inf)
+            bound = jnp.where(probes.live, log2_mass(mass) + math.log2(threshold), jnp.inf)
             near = jnp.min(jnp.where(scores >= bound[:, None], 0, rule.chunk_size), axis=0)
             plgpu.store(marks_ref.at[outer(k, block, tile, page)], near.astype(marks_ref.dtype), mask=there)
             return mass
 
-        def exact(i: Any, mass: tuple) -> tuple:
-            page = end - (i + 1) * tile_pages + span(0, tile_pages)
-            return look(page, page_scores(probes, keys_refs[0], None, None, k, page, page >= first, rule), 0.0, mass)
-
         window = plgpu.load(window_ref.at[outer(k, block, probes.row)], mask=probes.inside, other=0)
         mass = window * LOG2E, jnp.full((size,), 1, jnp.float32)
-        if len(keys_refs) > 1:
-            *rough_refs, rotation_ref = keys_refs
-            rounded, unit = _eight_bits(probes.query, rotation_ref)
-            turns = ((end - first) // rule.pages_per_chunk + tile_pages - 1) // tile_pages * rule.pages_per_chunk
-
-            def rough(i: Any, mass: tuple) -> tuple:
-                page, scores, error = _rough_scores(
-                    probes.query, rounded, unit, *rough_refs, k, i, first, end, tile_pages, tokens_at_once, rule
-                )  # fmt: skip
-                return look(page, scores, error, mass)
-
-            mass = lax.fori_loop(0, turns, rough, mass)
-        else:
-            mass = lax.fori_loop(0, (end - first + tile_pages - 1) // tile_pages, exact, mass)
+        mass = lax.fori_loop(0, (end - first + tile_pages - 1) // tile_pages, look, mass)
         plgpu.store(mass_ref.at[outer(k, block, probes.row)], log2_mass(mass) / LOG2E, mask=probes.inside)
-
-
-def _rough_scores(
-    query: Array,
-    rounded: Array,
-    unit: Array,
-    residuals_ref: Any,
-    steps_ref: Any,
-    centres_ref: Any,
-    k: Any,
-    i: Any,
-    first: Any,
-    end: Any,
-    tile_chunks: int,
-    tokens: int,
-    rule: Rule,
-) -> tuple[Array, Array, Array]:
-    """Pages, scores by 8-bit products and how much those may be off, of the pages at one place of neighbouring chunks."""
-    head_dim, per_chunk, group_size = residuals_ref.shape[3], rule.pages_per_chunk, rule.group_size
-    tokens = min(tokens, group_size)
-    dim = span(0, query.shape[1])
-    turn = i // per_chunk
-    place = i - turn * per_chunk
-    begin = end // per_chunk - (turn + 1) * tile_chunks
-    chunk = begin + span(0, tile_chunks)
-    page = chunk * per_chunk + place
-    there = page >= first
-    column = span(0, tokens * tile_chunks)  # of one product: `tokens` tokens of a page, whose maximum needs no other thread
-    token_of = column // tile_chunks
-    chunk_of = begin + column - token_of * tile_chunks
-    mask = (chunk_of * per_chunk >= first)[:, None] & (dim < head_dim)[None, :]
-
-    def products(part: Any) -> Array:
-        token = place * group_size + part * tokens + token_of
-        at = (jnp.broadcast_to(k, (1, 1)), token[:, None], chunk_of[:, None], dim[None, :])
-        keys = plgpu.load(residuals_ref.at[at], mask=mask, other=0)
-        product = lax.dot_general(rounded, keys, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
-        return product if tokens == 1 else jnp.max(product.reshape(rounded.shape[0], tokens, tile_chunks), axis=1)
-
-    means = plgpu.load(centres_ref.at[outer(k, chunk, dim)], mask=there[:, None] & (dim < head_dim)[None, :], other=0)
-    lowest = jnp.full((rounded.shape[0], tile_chunks), -(2**31), jnp.int32)
-    best = lax.fori_loop(0, group_size // tokens, lambda part, best: jnp.maximum(best, products(part)), lowest)
-    step = plgpu.load(steps_ref.at[outer(k, page)], mask=there, other=0) * (rule.scale * LOG2E)
-    scores = product(query, means) * (rule.scale * LOG2E) + best.astype(jnp.float32) * (unit[:, None] * step[None, :])
-    return page, scores, unit * (ROUNDING * math.sqrt(head_dim) * jnp.max(step))
 
 
 def _requests_kernel(
@@ -239,7 +161,7 @@ def mark(
     query: Float[Array, "T N H"],
     bounds: Int[Array, " 2"],
     pages: Float[Array, "K P 2 g H"],
-    keys: PageKeys,
+    keys: Float[Array, "K parts P H"],
     *,
     threshold: float,
     rule: Rule,
@@ -250,17 +172,14 @@ def mark(
     call, first = _launches(query, keys, rule, config, interpret)
     mass = jax.ShapeDtypeStruct((*first.shape[:2], rule.probes * query.shape[1] // first.shape[0]), jnp.float32)
     [window] = call(_windows_kernel, "scan_windows", [mass], [bounds, query, pages])
-    scanned, tile = [keys.tokens], config.tokens
-    if keys.rough is not None:  # the rotation's own rounding adds nothing to that of its products
-        scanned, tile = [*keys.rough[:-1], keys.rough.rotation.T.astype(query.dtype)], config.rough
-    kernel = partial(_pages_kernel, threshold=threshold, tokens_at_once=config.rough_tokens)
-    return window, *call(kernel, "scan_pages", [mass, first], [bounds, query, window, *scanned], tile=tile)
+    kernel = partial(_pages_kernel, threshold=threshold)
+    return window, *call(kernel, "scan_pages", [mass, first], [bounds, query, window, keys])
 
 
 def settle(
     query: Float[Array, "T N H"],
     bounds: Int[Array, " 2"],
-    keys: PageKeys,
+    keys: Float[Array, "K parts P H"],
     mass: Float[Array, "K B r"],
     marks: Int[Array, "K B tiles P"],
     *,
@@ -273,12 +192,14 @@ def settle(
     call, first = _launches(query, keys, rule, config, interpret)
     candidates = jax.ShapeDtypeStruct((*first.shape[:3], min(config.candidates, first.shape[3])), jnp.int32)
     kernel = partial(_requests_kernel, threshold=threshold, list_pages=config.list_pages)
-    return call(kernel, "scan_requests", [first, candidates], [bounds, query, keys.tokens, mass, marks], aliases={4: 0})[0]
+    return call(kernel, "scan_requests", [first, candidates], [bounds, query, keys, mass, marks], aliases={4: 0})[0]
 
 
-def _launches(query: Array, keys: PageKeys, rule: Rule, config: Config, interpret: bool) -> tuple[Any, jax.ShapeDtypeStruct]:
+def _launches(
+    query: Array, keys: Float[Array, "K parts P H"], rule: Rule, config: Config, interpret: bool
+) -> tuple[Any, jax.ShapeDtypeStruct]:
     """How kernels are launched, and the shape of first rows."""
-    kv_heads, parts, held, _ = keys.tokens.shape
+    kv_heads, parts, held, _ = keys.shape
     ratio = query.shape[1] // kv_heads
     first = jax.ShapeDtypeStruct((kv_heads, rule.blocks(query.shape[0]), row_tiles(rule, ratio, config)[0], held), none_dtype(rule))
     return partial(launch, parts=parts, rule=rule, config=config, interpret=interpret, ratio=ratio), first
@@ -288,7 +209,7 @@ def scan(
     query: Float[Array, "T N H"],
     bounds: Int[Array, " 2"],
     pages: Float[Array, "K P 2 g H"],
-    keys: PageKeys,
+    keys: Float[Array, "K parts P H"],
     **settings: Any,
 ) -> tuple[Float[Array, "K B r"], Float[Array, "K B r"], Int[Array, "K B tiles P"]]:
     """Log of the summed exponentials of each row's exact window scores, and of those and all page scores together; and the first row of

@@ -20,7 +20,6 @@ from pallas_kernels.limits import check_offsets
 from pallas_kernels.sketch_routing.api import LEVELS, THRESHOLDS
 
 INNER, OUTER, EDGE = LEVELS[2], LEVELS[3], THRESHOLDS[2]
-TINY = 1e-30  # in place of a scale of 0 where it is divided by
 
 
 def _dot(a: Float[Array, "m k"], b: Float[Array, "n k"], exact: bool) -> Float[Array, "m n"]:
@@ -136,7 +135,7 @@ def _unsketch_kernel(
     keys_ref,  # [K, g, P, H] out
     page_means_ref,  # [K, 1, P, H] out
     spreads_ref,  # [K, P] f32 out
-    *rough_refs,  # if wanted: residuals [K, chunk, C, H] i8 out, steps [K, P] f32 out
+    *,
     chunk_size: int,
 ):
     chunk, k = pl.program_id(0), pl.program_id(1)
@@ -153,23 +152,11 @@ def _unsketch_kernel(
         codes = plgpu.load(codes_ref.at[outer(k, token, byte)], mask=mask, other=0).astype(jnp.int32)
         residual = jnp.zeros((chunk_size, dim.shape[0]), jnp.float32)
         exact = keys_ref.dtype == jnp.float32
-        scale = plgpu.load(scales_ref.at[outer(k, token)]).astype(jnp.float32)
-        page = chunk * pages + span(0, pages)
-        if rough_refs:
-            residuals_ref, steps_ref = rough_refs
-            of_page = scale.reshape(pages, group_size)
-            step = jnp.maximum(jnp.max(of_page, axis=1), TINY) * (OUTER / 127)
-            plgpu.store(steps_ref.at[outer(k, page)], step)
-            share = (of_page / step[:, None]).reshape(chunk_size)[:, None]
         for quarter in range(4):
             code = (codes >> (2 * quarter)) & 3
             size = jnp.where((code == 0) | (code == 3), OUTER, INNER)
             level = jnp.where(code >= 2, size, -size)
-            rotation, real = _quarter(rotation_ref, quarter, byte, code_bytes, transposed=True)
-            if rough_refs:
-                whole = jnp.floor(level * share + 0.5).astype(jnp.int32).astype(jnp.int8)
-                at = outer(k, span(0, chunk_size), chunk, quarter * code_bytes + byte)
-                plgpu.store(residuals_ref.at[at], whole, mask=jnp.broadcast_to(real[None, :], whole.shape))
+            rotation, _ = _quarter(rotation_ref, quarter, byte, code_bytes, transposed=True)
             if not exact:  # the sketch is off by a third of the residual: rounding to 8 bits adds nothing
                 level, rotation = level.astype(jnp.bfloat16), rotation.astype(jnp.bfloat16)
             precision = lax.Precision.HIGHEST if exact else None
@@ -177,11 +164,13 @@ def _unsketch_kernel(
                 level, rotation, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
             )  # fmt: skip
         mean = plgpu.load(means_ref.at[outer(k, chunk, dim)], mask=real_dim, other=0).astype(jnp.float32)
+        scale = plgpu.load(scales_ref.at[outer(k, token)]).astype(jnp.float32)
         keys = (mean[None, :] + residual * scale[:, None]).astype(keys_ref.dtype)
         at = (jnp.broadcast_to(k, (1, 1)), (token % group_size)[:, None], (token // group_size)[:, None], dim[None, :])
         plgpu.store(keys_ref.at[at], keys, mask=jnp.broadcast_to(real_dim[None, :], keys.shape))
         by_page = keys.astype(jnp.float32).reshape(pages, group_size, dim.shape[0])
         page_mean = jnp.sum(by_page, axis=1) / group_size
+        page = chunk * pages + span(0, pages)
         stored = page_mean.astype(page_means_ref.dtype)
         plgpu.store(page_means_ref.at[outer(k, 0, page, dim)], stored, mask=jnp.broadcast_to(real_dim[None, :], stored.shape))
         off = by_page - page_mean[:, None, :]
@@ -197,31 +186,24 @@ def unsketch(
     group_size: int,
     end_chunk: Int[Array, ""],
     *,
-    rough: bool = False,
     interpret: bool = False,
-) -> tuple[Array, ...]:
-    """keys.sketched_keys, keys.page_statistics and, if `rough`, residuals and steps of keys.rough_keys, of the first end_chunk chunks; the
-    rest is not written.
-    """
+) -> tuple[Float[Array, "K g P H"], Float[Array, "K 1 P H"], Float[Array, "K P"]]:
+    """keys.sketched_keys and keys.page_statistics of the first end_chunk chunks; the rest is not written."""
     kv_heads, chunks, head_dim = means.shape
     tokens = codes.shape[1]
     pages = tokens // group_size
     check_offsets(keys=jax.ShapeDtypeStruct((kv_heads, tokens, head_dim), means.dtype))
-    shapes = [
-        jax.ShapeDtypeStruct((kv_heads, group_size, pages, head_dim), means.dtype),
-        jax.ShapeDtypeStruct((kv_heads, 1, pages, head_dim), means.dtype),
-        jax.ShapeDtypeStruct((kv_heads, pages), jnp.float32),
-    ]
-    if rough:
-        shapes.append(jax.ShapeDtypeStruct((kv_heads, tokens // chunks, chunks, head_dim), jnp.int8))
-        shapes.append(jax.ShapeDtypeStruct((kv_heads, pages), jnp.float32))
     return tuple(
         pl.pallas_call(
             partial(_unsketch_kernel, chunk_size=tokens // chunks),
             grid=(chunks, kv_heads),
             in_specs=[pl.no_block_spec] * 5,
-            out_specs=[pl.no_block_spec] * len(shapes),
-            out_shape=shapes,
+            out_specs=[pl.no_block_spec] * 3,
+            out_shape=[
+                jax.ShapeDtypeStruct((kv_heads, group_size, pages, head_dim), means.dtype),
+                jax.ShapeDtypeStruct((kv_heads, 1, pages, head_dim), means.dtype),
+                jax.ShapeDtypeStruct((kv_heads, pages), jnp.float32),
+            ],
             compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
             interpret=interpret,
             name="unsketch",

@@ -10,8 +10,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.sketch_prefill_routing.config import Rule
-from pallas_kernels.sketch_prefill_routing.keys import PageKeys, RoughKeys
-from pallas_kernels.sketch_prefill_routing.sketches import TINY
+from pallas_kernels.sketch_prefill_routing.keys import PageKeys
 
 
 def _rows(query: Float[Array, "T N H"], bounds: Int[Array, " 2"], block: Int[Array, ""], kv_heads: int, rule: Rule):
@@ -78,27 +77,10 @@ def _masses(query, bounds, pages, scores_of, rule: Rule) -> tuple[Float[Array, "
     return window.swapaxes(0, 1), mass.swapaxes(0, 1)
 
 
-def scan(query, bounds, pages, keys: PageKeys, *, threshold: float, rule: Rule):
-    """See kernel.scan; everything is written."""
-
-    def scores_of(rows: Array) -> Array:
-        return _page_scores(rows, keys.tokens, None, rule) if keys.rough is None else _rough_scores(rows, keys.rough, rule)
-
-    window, mass = _masses(query, bounds, pages, scores_of, rule)
-    return window, mass, _requests(query, bounds, keys.tokens, None, mass, threshold, rule)
-
-
-def _rough_scores(rows: Float[Array, "K r H"], keys: RoughKeys, rule: Rule) -> Float[Array, "K r P"]:
-    """Products of 8-bit integers, exact in float32."""
-    turned = jnp.einsum("krh,hi->kri", rows.astype(jnp.float32), keys.rotation, precision=lax.Precision.HIGHEST)
-    unit = jnp.maximum(jnp.abs(turned).max(-1), TINY) / 127
-    whole = jnp.floor(turned / unit[..., None] + 0.5)
-    kv_heads, _, chunks, head_dim = keys.residuals.shape
-    of_pages = keys.residuals.reshape(kv_heads, -1, rule.group_size, chunks, head_dim).astype(jnp.float32)
-    best = jnp.einsum("krh,kjgch->krcjg", whole, of_pages, precision=lax.Precision.HIGHEST).max(-1)
-    worth = unit[:, :, None] * keys.steps[:, None]
-    centre = jnp.repeat(_products(rows, keys.centres), rule.pages_per_chunk, axis=2)
-    return (centre + best.reshape(worth.shape) * worth) * rule.scale
+def scan(query, bounds, pages, keys, *, threshold: float, rule: Rule):
+    """See scan.scan; everything is written."""
+    window, mass = _masses(query, bounds, pages, lambda rows: _page_scores(rows, keys, None, rule), rule)
+    return window, mass, _requests(query, bounds, keys, None, mass, threshold, rule)
 
 
 def probe_mass(query, bounds, pages, means, spreads, *, threshold: float, rule: Rule):
