@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +18,7 @@ from jaxtyping import Float, Int, UInt8
 
 from hga_jax.backend import AttentionBackend
 from hga_jax.cache.disk import PAGES, PIECE_SUMS, REQUESTS, BlockStore, Header, StoreError, block_id, read
-from hga_jax.cache.landing import Landing
+from hga_jax.cache.landing import Landing, buffers_kept
 from hga_jax.session.state_format import Blank, StateFormat, history_of, unpack
 
 READ_AHEAD = 5 * 2**28  # bytes of pages under way at a time, on the host and for a moment on the device: 2 layers of 256K tokens
@@ -120,32 +123,62 @@ class Memory:
         return [held[layer] for held in self.summaries], None if self.notes is None else self.notes[layer]
 
 
-def load_states(store: BlockStore, form: StateFormat, stored: Stored, backend: AttentionBackend, capacity: int) -> tuple[Any, ...]:
-    """States that hold the stored tokens, with room for `capacity`. Raises DamagedBlock.
+class Spent:
+    """Seconds spent on what: of the threads that did it, added up."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def on(self, what: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        with self._lock:
+            self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - begin
+
+
+def load_states(
+    store: BlockStore, form: StateFormat, stored: Stored, backend: AttentionBackend, capacity: int, spent: Spent | None = None
+) -> tuple[Any, ...]:
+    """States that hold the stored tokens, with room for `capacity`. Raises DamagedBlock. spent: what it took is added there.
 
     Every byte read is checked against its checksum. A few layers are under way at a time.
     """
-    blank = Blank(backend, form, capacity)
-    shape = history_of(blank.shapes).pages.shape
-    pages = StoredPages(store, form, stored.chain, shape[1])
+    spent = spent or Spent()
+    with spent.on("opening"):
+        blank = Blank(backend, form, capacity)
+        shape = history_of(blank.shapes).pages.shape
+        pages = StoredPages(store, form, stored.chain, shape[1])
     layer_bytes = math.prod(shape) * jnp.dtype(form.dtype).itemsize
     at_once = min(max(1, READ_AHEAD // layer_bytes), MOST_AT_ONCE, form.layers)
     landing = Landing(shape, form.dtype, at_once)
 
     def load(layer: int) -> Any:
-        room = landing.room()
+        with spent.on("making or waiting for room"):
+            room = landing.room()
         try:
-            pages.wait(layer, pages.start(layer, room.data))
+            with spent.on("reading and checking pages"):
+                pages.wait(layer, pages.start(layer, room.data))
         except BaseException:
             landing.give_back(room)  # for those who wait for it
             raise
-        window = blank.window(stored.length, room.data)
-        held = landing.take(room, "host" if blank.on_host else "device")
-        return blank.state(stored.length, held, window, *memory.result().of(layer))
+        with spent.on("windows"):
+            window = blank.window(stored.length, room.data)
+        with spent.on("moving pages"):
+            held = landing.take(room, "host" if blank.on_host else "device")
+        with spent.on("waiting for summaries"):
+            rest = memory.result().of(layer)
+        with spent.on("moving summaries"):
+            return blank.state(stored.length, held, window, *rest)
+
+    def remember() -> Memory:
+        with spent.on("reading and checking summaries"):
+            return Memory(store, form, stored, history_of(blank.shapes).capacity)
 
     # While one layer's pages are on their way to the device, or memory is made for them, others' are being read.
-    with ThreadPoolExecutor(at_once + 1, "hga-load") as pool:
-        memory = pool.submit(Memory, store, form, stored, history_of(blank.shapes).capacity)
+    with buffers_kept(), ThreadPoolExecutor(at_once + 1, "hga-load") as pool:
+        memory = pool.submit(remember)
         return tuple(pool.map(load, range(form.layers)))
 
 

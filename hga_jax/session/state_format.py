@@ -184,7 +184,7 @@ class Blank:
         """The windows of a history in host memory, from all its pages; None for the others, which have them among their pages."""
         if not self.on_host:
             return None
-        places = np.asarray(window_places(jnp.int32(length), self.form.hga).pages)
+        places = np.asarray(_places(jnp.int32(length), config=self.form.hga))
         return jnp.array(pages[:, np.clip(places, 0, pages.shape[1] - 1)])
 
     def state(
@@ -202,6 +202,11 @@ class Blank:
         stamps = None if self.shapes.stamps is None else _stamps(self.form, self.shapes.stamps.shape, length, notes)
         marks = None if self.shapes.marks is None else jnp.zeros(self.shapes.marks.shape, self.shapes.marks.dtype)
         return replace(self.shapes, history=history, summaries=jax.tree.unflatten(tree, filled), stamps=stamps, marks=marks)
+
+
+@partial(jax.jit, static_argnames="config")
+def _places(length: Int[Array, ""], *, config: HGAConfig) -> Int[Array, " W"]:
+    return window_places(length, config).pages
 
 
 def with_memory(form: StateFormat, state: Any, length: int, summaries: list[np.ndarray], notes: UInt8[np.ndarray, "K P"] | None) -> Any:
