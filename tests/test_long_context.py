@@ -75,7 +75,7 @@ def test_prefill_kernels_take_what_fits_and_name_what_does_not(kv_heads, fits):
         return sketch_pages(pages, *arrays, 256, interpret=True)
 
     def routing(query, pages, means, codes, scales, rotation, stamps, first, count):
-        keys = page_keys(means, codes, scales, rotation, 16, first, scanned=True, implementation="pallas", interpret=True)
+        keys = page_keys(means, codes, scales, rotation, 16, first, implementation="pallas", interpret=True)
         return route(
             query, pages, keys, stamps, first, count, rule=rule, threshold=0.01, capacity=1024, implementation="pallas", interpret=True
         )  # fmt: skip
