@@ -15,7 +15,9 @@ SUMMARIES = ("mixed_rope", "mean")
 QUALITY = {"fast": 0.008 / 3, "balanced": 0.001, "best": 0.001 / 3}
 # Tokens of history room up to which every sketch is scanned: screening can cost loss on source code (eval/README.md).
 SCREEN_FROM = 65536
-DENSE_BELOW = 16384  # tokens; there cuDNN takes 3.8 ms a layer on an H100, routing and routed attention 4.5 (32 heads of 128)
+# Tokens below which cuDNN's dense attention is faster on an H100: 3.7 ms a layer at 16,384 (routing and routed attention 4.8), 13.9 at
+# 32,768 (13.2), 32 heads of 128.
+DENSE_BELOW = 24576
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
 
 
