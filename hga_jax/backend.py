@@ -209,8 +209,7 @@ class DenseAttention(AttentionBackend):
         """Causal attention of queries at `positions` (-1: none) over the history; float32 accumulation."""
         length, heads, width = query.shape
         kv_heads = state.pages.shape[0]
-        scaled = (query.astype(jnp.float32) / math.sqrt(width)).astype(query.dtype)
-        q = scaled.reshape(length, kv_heads, heads // kv_heads, width).transpose(1, 2, 0, 3).reshape(kv_heads, -1, width)
+        q = query.reshape(length, kv_heads, heads // kv_heads, width).transpose(1, 2, 0, 3).reshape(kv_heads, -1, width)
         rows = jnp.tile(positions, heads // kv_heads)
 
         # A loop's turns cost more than reading unused room where launches are dear.
@@ -219,7 +218,7 @@ class DenseAttention(AttentionBackend):
         def step(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             peak, total, acc = carry
             keys, values = state.span(i * (key_block // state.group_size), key_block // state.group_size)
-            scores = jnp.einsum("kqh,ksh->kqs", q, keys, preferred_element_type=jnp.float32)
+            scores = jnp.einsum("kqh,ksh->kqs", q, keys, preferred_element_type=jnp.float32) / math.sqrt(width)
             visible = i * key_block + jnp.arange(key_block) <= rows[:, None]
             scores = jnp.where(visible, scores, -jnp.inf)
             new_peak = jnp.maximum(peak, jnp.max(scores, axis=-1))

@@ -190,7 +190,7 @@ class MoE(nnx.Module):
         scores = matmul(x, self.router.get_value(), norm=norm.norm, out_dtype=jnp.float32)
         ids, weights = moe_routing(scores, config.experts_per_token, renormalise=config.norm_topk_prob)
         experts = (self.gate.get_value(), self.up.get_value(), self.down.get_value())
-        return expert_mlp(x, ids, weights.astype(x.dtype), *experts, norm=norm.norm, residual=x)
+        return expert_mlp(x, ids, weights, *experts, norm=norm.norm, residual=x)
 
 
 class DecoderLayer(nnx.Module):
