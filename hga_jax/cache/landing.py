@@ -6,12 +6,10 @@ On a CPU a JAX array takes the memory over. On a GPU it is a few pinned arrays u
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import logging
 import math
 import threading
-from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -23,32 +21,6 @@ from hga_jax.cache.host import put_on_host
 
 ALIGNMENT = 64  # bytes: XLA's CPU client takes such memory as it is, and copies other
 logger = logging.getLogger("hga_jax")
-
-
-# glibc's mallopt: parameter (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD), while files are read, and after
-MALLOC = ((-3, 2**25, 2**25), (-1, 2**31 - 1, 2**26), (-2, 2**24, 2**17))
-
-
-@contextlib.contextmanager
-def buffers_kept() -> Iterator[None]:
-    """Freed memory stays with the process meanwhile, where the C library is glibc.
-
-    TensorStore takes buffers of a file's size for every file. glibc gives those back to the system and takes fresh ones for the next file:
-    95,000 page faults for 0.54 GB, 11,000 to 23,000 when they are kept; on a virtual machine they cost as much as the reading.
-    """
-    try:
-        mallopt, trim = (getattr(ctypes.CDLL(None), name) for name in ("mallopt", "malloc_trim"))
-    except (AttributeError, OSError):
-        yield
-        return
-    for parameter, during, _ in MALLOC:
-        mallopt(parameter, during)
-    try:
-        yield
-    finally:
-        for parameter, _, after in MALLOC:
-            mallopt(parameter, after)
-        trim(0)
 
 
 class Room(NamedTuple):

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int, UInt8
 
 from hga_jax.backend import AttentionBackend
 from hga_jax.cache.disk import PAGES, PIECE_SUMS, REQUESTS, BlockStore, Header, StoreError, block_id, read
-from hga_jax.cache.landing import Landing, buffers_kept
+from hga_jax.cache.landing import Landing
 from hga_jax.session.state_format import Blank, StateFormat, history_of, unpack
 
 READ_AHEAD = 5 * 2**28  # bytes of pages under way at a time, on the host and for a moment on the device: 2 layers of 256K tokens
@@ -177,7 +177,7 @@ def load_states(
             return Memory(store, form, stored, history_of(blank.shapes).capacity)
 
     # While one layer's pages are on their way to the device, or memory is made for them, others' are being read.
-    with buffers_kept(), ThreadPoolExecutor(at_once + 1, "hga-load") as pool:
+    with ThreadPoolExecutor(at_once + 1, "hga-load") as pool:
         memory = pool.submit(remember)
         return tuple(pool.map(load, range(form.layers)))
 
