@@ -65,6 +65,8 @@ class HGAConfig:
     screen_spread: float = 3.0
     screen_margin: float = 1 / 16
     screen_threshold: float = 0.25
+    scan_pairs: int = 0
+    pairs_threshold: float = 0.6
     dense_below: int | Literal["auto"] = 0
     top_chunks: int = 16
     top_groups: int = 64
@@ -103,6 +105,16 @@ class HGAConfig:
     @property
     def groups_per_chunk(self) -> int:
         return self.chunk_size // self.group_size
+
+    @property
+    def unrouted(self) -> int:
+        """Tokens at the start of a sequence whose queries have nothing to route: windows cover what they see."""
+        return (self.sink_chunks + self.local_chunks + 1) * self.chunk_size
+
+    @property
+    def lists_pages(self) -> bool:
+        """Whether prefill goes by page lists on every machine, because only they do what is asked for."""
+        return self.policy == "sketch" and (self.screening == "on" or self.scan_pairs > 0)
 
     def screened(self, room: int) -> bool:
         """Whether prefill by page lists screens, in a history with room for so many tokens."""

@@ -19,6 +19,7 @@ from pallas_kernels.dispatch import Implementation
 from pallas_kernels.limits import power_of_two
 from pallas_kernels.sketch_prefill_routing import Rule, Screen, route
 from pallas_kernels.sketch_prefill_routing.keys import page_keys
+from pallas_kernels.sketch_prefill_routing.pairs import choose_dims, pair_keys
 from pallas_kernels.sketch_prefill_routing.sketches import sketch_pages
 
 SCORES_AT_ONCE = 64 * 2**20  # chunk scores held at once by `list_top`, in elements
@@ -98,6 +99,7 @@ def list_top(
     start: Int[Array, ""],
     count: Int[Array, ""],
     implementation: Implementation,
+    energy: None = None,
     *,
     config: HGAConfig,
 ) -> PageLists:
@@ -142,6 +144,7 @@ def list_by_threshold(
     start: Int[Array, ""],
     count: Int[Array, ""],
     implementation: Implementation,
+    energy: Float[Array, "K half"] | None = None,
     *,
     config: HGAConfig,
     rotation: Float[Array, "H H"],
@@ -162,17 +165,24 @@ def list_by_threshold(
         )
 
     @custom_batching.sequential_vmap  # kernels take one sequence
-    def run(query: Array, pages: Array, sketches: KeySketches, stamps: Array, start: Array, count: Array) -> tuple:
-        closed = (start + count) // config.chunk_size
-        keys = page_keys(
-            sketches.means, sketches.codes, sketches.scales, rotation, config.group_size, closed, implementation=implementation
-        )  # fmt: skip
-        found = route(
-            query, pages, keys, stamps, start, count, rule=rule, threshold=config.threshold_for(ratio), capacity=config.page_capacity,
-            screen=screen, implementation=implementation,
-        )  # fmt: skip
-        return tuple(found)
+    def run(query: Array, pages: Array, sketches: KeySketches, stamps: Array, start: Array, count: Array, energy: Array | None) -> tuple:
+        settings = {"rule": rule, "capacity": config.page_capacity, "implementation": implementation}
+        threshold = config.threshold_for(ratio)
 
-    arrays = lax.stop_gradient((query, pages, sketches, stamps, start, count))  # which pages are open has no gradient
+        def by_sketches() -> tuple:
+            closed = (start + count) // config.chunk_size
+            keys = page_keys(
+                sketches.means, sketches.codes, sketches.scales, rotation, config.group_size, closed, implementation=implementation
+            )  # fmt: skip
+            return tuple(route(query, pages, keys, stamps, start, count, threshold=threshold, screen=screen, **settings))
+
+        def by_pairs() -> tuple:
+            dims = choose_dims(energy, pages, config.unrouted // config.group_size, config.scan_pairs)
+            less = threshold * config.pairs_threshold
+            return tuple(route(query, pages, pair_keys(pages, dims), stamps, start, count, threshold=less, **settings))
+
+        return by_sketches() if energy is None else lax.cond(jnp.any(energy > 0), by_pairs, by_sketches)
+
+    arrays = lax.stop_gradient((query, pages, sketches, stamps, start, count, energy))  # which pages are open has no gradient
     ids, since, counts, *rest = run(*arrays)
     return PageLists(ids[:, :, None], since[:, :, None], counts[:, :, None], *rest)

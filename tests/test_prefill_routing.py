@@ -10,6 +10,7 @@ import pytest
 
 from pallas_kernels.sketch_prefill_routing import Config, Rule, Screen, Tile, route
 from pallas_kernels.sketch_prefill_routing.keys import PageKeys, page_statistics, sketched_keys
+from pallas_kernels.sketch_prefill_routing.pairs import choose_dims, pair_keys, query_energy
 from pallas_kernels.sketch_prefill_routing.reference import reference_route
 from pallas_kernels.sketch_prefill_routing.sketches import sketch_pages, unsketch
 from pallas_kernels.sketch_routing import sketch_chunks
@@ -142,6 +143,58 @@ def test_no_query_sees_what_only_a_later_one_asked_for(screen):
     query[61:] = np.random.default_rng(9).standard_normal(query[61:].shape) * 3
     after = listed(run_route("xla", (query, *data[1:]), 0, 102, never(data), screen), 2, 0, 61)
     assert before == after
+
+
+def by_pairs(keys, dims):
+    """In float64: each key as its page's mean, but for the given coordinates."""
+    pages = keys.reshape(len(keys), -1, GROUP, keys.shape[2]).astype(np.float64)
+    means = np.broadcast_to(pages.mean(2, keepdims=True), pages.shape)
+    keep = np.zeros((len(keys), 1, 1, keys.shape[2]), bool)
+    for k, chosen in enumerate(np.asarray(dims)):
+        keep[k, ..., chosen] = True
+    return np.where(keep, pages, means).reshape(keys.shape)
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize(("first", "heads", "kv_heads", "head_dim", "pairs"), [(0, 4, 2, 16, 2), (5 * CHUNK + 3, 3, 1, 24, 5)])
+def test_scan_by_rotary_pairs(run, first, heads, kv_heads, head_dim, pairs):
+    """A page counts as its mean key and, in the chosen pairs alone, its tokens' deviations from that."""
+    query, keys, _, pages = data = problem(144, 144 - first, heads, kv_heads, head_dim, seed=2)
+    dims = np.random.default_rng(0).permuted(np.tile(np.arange(head_dim // 2), (kv_heads, 1)), axis=1)[:, :pairs]
+    dims = np.concatenate([dims, dims + head_dim // 2], axis=1)
+    count, stamps = 140 - first, never(data)
+    rules = {"rule": rule_of(head_dim), "threshold": 0.03, "capacity": 64, **settings(run)}
+    call = jax.jit(lambda q, p, d, *rest: route(q, p, pair_keys(p, d), *rest, **rules))
+    lists = call(jnp.asarray(query), pages, jnp.asarray(dims), jnp.asarray(stamps), jnp.int32(first), jnp.int32(count))
+    expected, after, _, unopened, closest = reference_route(
+        query, keys, by_pairs(keys, dims), stamps, first, count, chunk_size=CHUNK, group_size=GROUP, sink_chunks=1, local_chunks=1,
+        scale=head_dim**-0.5, threshold=0.03, capacity=64,
+    )  # fmt: skip
+    assert closest > 1e-5, "pick another seed: float32 may decide otherwise"
+    assert listed(lists, kv_heads, first, count) == expected
+    assert 0 < np.mean([len(seen) for seen in expected[0].values()]) < 20
+    np.testing.assert_array_equal(lists.stamps, after)
+    np.testing.assert_allclose(lists.unopened, unopened, rtol=1e-4, atol=1e-4)
+
+
+def test_pairs_are_chosen_by_the_energies_of_the_first_queries_and_keys():
+    """Calls that begin and end anywhere add up to the same energies; what lies behind the first positions counts for nothing."""
+    rng = np.random.default_rng(5)
+    query, keys = rng.standard_normal((100, 6, 16)), rng.standard_normal((2, 100, 16))
+    query, keys = query * rng.uniform(0.1, 3, 16), keys * rng.uniform(0.1, 3, (2, 1, 16)) + 20
+    query[64:], keys[:, 64:] = 1e3 * rng.standard_normal((36, 6, 16)), 1e3 * rng.standard_normal((2, 36, 16))
+    squares = (query[:64].reshape(64, 2, 3, 2, 8) ** 2).sum((0, 2, 3))
+    calls = ((0, 20, 20), (20, 30, 64), (50, 50, 50))  # first position, live, rows
+    energy = sum(
+        query_energy(jnp.asarray(np.resize(query[a:], (n, 6, 16)), jnp.float32), 2, jnp.int32(a), jnp.int32(c), 64) for a, c, n in calls
+    )
+    np.testing.assert_allclose(energy, squares, rtol=1e-5)
+    pages = keys.reshape(2, 25, GROUP, 16)
+    off = pages - pages.mean(2, keepdims=True)
+    products = squares * (off[:, :16].reshape(2, 16, GROUP, 2, 8) ** 2).sum((1, 2, 3))
+    best = np.sort(np.argsort(-products, axis=1)[:, :3], axis=1)
+    dims = choose_dims(energy, jnp.asarray(np.stack([pages, pages], axis=2), jnp.float32), 16, 3)
+    np.testing.assert_array_equal(dims, np.concatenate([best, best + 8], axis=1))
 
 
 def test_sketched_keys_are_what_the_sketches_say():

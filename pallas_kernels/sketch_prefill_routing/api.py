@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.sketch_prefill_routing import kernel, lists, scan, xla
 from pallas_kernels.sketch_prefill_routing.config import Config, Rule, Screen
 from pallas_kernels.sketch_prefill_routing.keys import PageKeys
+from pallas_kernels.sketch_prefill_routing.pairs import PairKeys, pair_queries
 
 COUNTED = 4  # every how manyth query is asked for `unopened`, a figure for reports: for all of them it took 1.7 ms of 64K tokens
 
@@ -56,7 +57,7 @@ def _steps(implementation: str, config: Config, interpret: bool) -> _Steps:
 def route(
     query: Float[Array, "T N H"],
     pages: Float[Array, "K P 2 g H"],
-    keys: PageKeys,
+    keys: PageKeys | PairKeys,
     stamps: Int[Array, "K P"],
     first_position: Int[Array, ""],
     count: Int[Array, ""],
@@ -71,7 +72,8 @@ def route(
 ) -> PageLists:
     """Route the first `count` queries, at positions first_position, first_position + 1, ...
 
-    query: post-RoPE. pages: the exact history, which holds all keys up to the last live query's. keys: from keys.page_keys.
+    query: post-RoPE. pages: the exact history, which holds all keys up to the last live query's. keys: from keys.page_keys or,
+    without a screen, from pairs.pair_keys.
     A probing row asks for every page whose share of its estimated attention mass reaches `threshold`; all heads of the kv head see it from
     that row on to the end of the next chunk. Requests beyond `capacity` pages a list are refused, in order of (row, page id).
 
@@ -84,9 +86,12 @@ def route(
     steps = _steps(implementation, config or Config(), interpret)
     bounds = jnp.stack([first_position, count]).astype(jnp.int32)
     capacity = min(capacity, stamps.shape[1])
+    few: tuple = ()
+    if isinstance(keys, PairKeys):
+        few = pair_queries(query, keys.dims), keys.means
     if screen is None:
         rule, vectors, spreads = replace(rule, stride=1), keys.tokens, None
-        window, mass, first = steps.scan(query, bounds, pages, keys.tokens, threshold=threshold, rule=rule)
+        window, mass, first = steps.scan(query, bounds, pages, keys.tokens, *few, threshold=threshold, rule=rule)
     else:
         rule = replace(rule, stride=screen.stride, spread=screen.spread)
         vectors, spreads = keys.means, keys.spreads
@@ -98,7 +103,7 @@ def route(
     ids, since, counts, stamps = _lists(first, stamps, bounds, steps, capacity=capacity, rule=rule)
     if COUNTED % rule.stride == 0 and rule.chunk_size % COUNTED == 0:
         window, mass, rule = _some_rows(window, rule), _some_rows(mass, rule), replace(rule, stride=COUNTED)
-    opened = steps.listed_mass(query, bounds, vectors, spreads, mass, ids, since, counts[..., 0], rule=rule)
+    opened = steps.listed_mass(query, bounds, vectors, spreads, mass, ids, since, counts[..., 0], *few, rule=rule)
     unopened = jnp.maximum(1 - jnp.exp(window - mass) - opened, 0)
     unopened = jnp.where(_live(bounds, unopened.shape[1:], query.shape[1] // len(pages), rule), unopened, 0).sum()
     return PageLists(ids, since, counts[..., 0], stamps, counts[..., 1].sum(), unopened * (rule.stride / query.shape[1]))

@@ -38,10 +38,10 @@ from pallas_kernels.sketch_prefill_routing.kernel import (
 )  # fmt: skip
 
 
-def _program(bounds_ref: Any, query_ref: Any, ratio: int, size: int, rule: Rule) -> tuple[Any, Any, Any, Probes]:
+def _program(bounds_ref: Any, query_ref: Any, ratio: int, size: int, rule: Rule, few_ref: Any = None) -> tuple[Any, Any, Any, Probes]:
     """(row tile, block, kv head) of a program, long blocks first, and its rows."""
     tile, block, k = pl.program_id(0), pl.num_programs(1) - 1 - pl.program_id(1), pl.program_id(2)
-    return tile, block, k, load_probes(tile, block, k, bounds_ref, query_ref, ratio, size, rule)
+    return tile, block, k, load_probes(tile, block, k, bounds_ref, query_ref, ratio, size, rule, few_ref)
 
 
 def _windows_kernel(
@@ -69,18 +69,19 @@ def _pages_kernel(
     bounds_ref,  # [2] i32: position of query row 0, live rows
     query_ref,  # [T, N, H]
     window_ref,  # [K, B, rows] f32
-    keys_ref,  # [K, parts, P, H] tokens of pages
-    mass_ref,  # [K, B, rows] f32 out
-    marks_ref,  # [K, B, tiles, P] out: 0 for a page that a row may ask for, chunk_size for others
-    *,
+    keys_ref,  # [K, parts, P, d] tokens of pages
+    *refs,  # where d is not H: few [T, N, d], means [K, 1, P, H]
     ratio: int,
     size: int,
     threshold: float,
     rule: Rule,
     tile_pages: int,
+    at_once: int,
     interpret: bool,
 ):
-    tile, block, k, probes = _program(bounds_ref, query_ref, ratio, size, rule)
+    *refs, mass_ref, marks_ref = refs  # [K, B, rows] f32; [K, B, tiles, P]: 0 for a page that a row may ask for, chunk_size for others
+    few_ref, means_ref = refs or (None, None)
+    tile, block, k, probes = _program(bounds_ref, query_ref, ratio, size, rule, few_ref)
 
     @pl.when(probes.block_live)
     def _():
@@ -89,7 +90,7 @@ def _pages_kernel(
         def look(i: Any, mass: tuple) -> tuple:
             page = end - (i + 1) * tile_pages + span(0, tile_pages)
             there = page >= first
-            scores = page_scores(probes, keys_ref, None, None, k, page, there, rule)
+            scores = page_scores(probes, keys_ref, None, None, k, page, there, rule, means_ref, at_once)
             mass = add_scores(mass, jnp.where(there[None, :], scores, -jnp.inf), interpret)
             bound = jnp.where(probes.live, log2_mass(mass) + math.log2(threshold), jnp.inf)
             near = jnp.min(jnp.where(scores >= bound[:, None], 0, rule.chunk_size), axis=0)
@@ -105,12 +106,10 @@ def _pages_kernel(
 def _requests_kernel(
     bounds_ref,  # [2] i32: position of query row 0, live rows
     query_ref,  # [T, N, H]
-    keys_ref,  # [K, parts, P, H] tokens of pages
+    keys_ref,  # [K, parts, P, d] tokens of pages
     mass_ref,  # [K, B, rows] f32
     _marks_ref,  # the buffer of the output, which holds the marks
-    first_ref,  # [K, B, tiles, P] out
-    candidates_ref,  # [K, B, tiles, room] i32 out: the marked pages
-    *,
+    *refs,  # where d is not H: few [T, N, d], means [K, 1, P, H]
     ratio: int,
     size: int,
     threshold: float,
@@ -120,7 +119,9 @@ def _requests_kernel(
     interpret: bool,
 ):
     """The first row that asks for each page: among the marked ones, or, if they are more than there is room for, all."""
-    tile, block, k, probes = _program(bounds_ref, query_ref, ratio, size, rule)
+    *refs, first_ref, candidates_ref = refs  # [K, B, tiles, P]; [K, B, tiles, room] i32: the marked pages
+    few_ref, means_ref = refs or (None, None)
+    tile, block, k, probes = _program(bounds_ref, query_ref, ratio, size, rule, few_ref)
     none, room = rule.chunk_size, candidates_ref.shape[3]
 
     @pl.when(probes.block_live)
@@ -149,7 +150,7 @@ def _requests_kernel(
             there = slot < wanted
             listed = plgpu.load(candidates_ref.at[outer(k, block, tile, slot)], mask=there & (slot < room), other=0)
             page = jnp.where(everything, first + slot, listed)
-            scores = page_scores(probes, keys_ref, None, None, k, page, there, rule)
+            scores = page_scores(probes, keys_ref, None, None, k, page, there, rule, means_ref)
             rows = first_rows(scores, bound, None, probes, none)
             page = jnp.where(there, page, first_ref.shape[3])
             plgpu.store(first_ref.at[outer(k, block, tile, page)], rows.astype(first_ref.dtype), mask=there)
@@ -161,7 +162,9 @@ def mark(
     query: Float[Array, "T N H"],
     bounds: Int[Array, " 2"],
     pages: Float[Array, "K P 2 g H"],
-    keys: Float[Array, "K parts P H"],
+    keys: Float[Array, "K parts P d"],
+    few: Float[Array, "T N d"] | None = None,
+    means: Float[Array, "K 1 P H"] | None = None,
     *,
     threshold: float,
     rule: Rule,
@@ -172,16 +175,18 @@ def mark(
     call, first = _launches(query, keys, rule, config, interpret)
     mass = jax.ShapeDtypeStruct((*first.shape[:2], rule.probes * query.shape[1] // first.shape[0]), jnp.float32)
     [window] = call(_windows_kernel, "scan_windows", [mass], [bounds, query, pages])
-    kernel = partial(_pages_kernel, threshold=threshold)
-    return window, *call(kernel, "scan_pages", [mass, first], [bounds, query, window, keys])
+    kernel = partial(_pages_kernel, threshold=threshold, at_once=min(config.tile(keys.shape[1]).parts, keys.shape[1]))
+    return window, *call(kernel, "scan_pages", [mass, first], [bounds, query, window, keys, few, means])
 
 
 def settle(
     query: Float[Array, "T N H"],
     bounds: Int[Array, " 2"],
-    keys: Float[Array, "K parts P H"],
+    keys: Float[Array, "K parts P d"],
     mass: Float[Array, "K B r"],
     marks: Int[Array, "K B tiles P"],
+    few: Float[Array, "T N d"] | None = None,
+    means: Float[Array, "K 1 P H"] | None = None,
     *,
     threshold: float,
     rule: Rule,
@@ -192,7 +197,7 @@ def settle(
     call, first = _launches(query, keys, rule, config, interpret)
     candidates = jax.ShapeDtypeStruct((*first.shape[:3], min(config.candidates, first.shape[3])), jnp.int32)
     kernel = partial(_requests_kernel, threshold=threshold, list_pages=config.list_pages)
-    return call(kernel, "scan_requests", [first, candidates], [bounds, query, keys, mass, marks], aliases={4: 0})[0]
+    return call(kernel, "scan_requests", [first, candidates], [bounds, query, keys, mass, marks, few, means], aliases={4: 0})[0]
 
 
 def _launches(
@@ -209,11 +214,14 @@ def scan(
     query: Float[Array, "T N H"],
     bounds: Int[Array, " 2"],
     pages: Float[Array, "K P 2 g H"],
-    keys: Float[Array, "K parts P H"],
+    keys: Float[Array, "K parts P d"],
+    few: Float[Array, "T N d"] | None = None,
+    means: Float[Array, "K 1 P H"] | None = None,
     **settings: Any,
 ) -> tuple[Float[Array, "K B r"], Float[Array, "K B r"], Int[Array, "K B tiles P"]]:
     """Log of the summed exponentials of each row's exact window scores, and of those and all page scores together; and the first row of
-    each chunk that asks for a page, by row tile; what lies outside a block's routed middle is not written. settings: those of `mark`.
+    each chunk that asks for a page, by row tile; what lies outside a block's routed middle is not written. few, means: where keys are
+    deviations from their page's mean in few coordinates, the queries in those, and the means. settings: those of `mark`.
     """
-    window, mass, marks = mark(query, bounds, pages, keys, **settings)
-    return window, mass, settle(query, bounds, keys, mass, marks, **settings)
+    window, mass, marks = mark(query, bounds, pages, keys, few, means, **settings)
+    return window, mass, settle(query, bounds, keys, mass, marks, few, means, **settings)

@@ -31,9 +31,17 @@ def _products(rows: Float[Array, "K r H"], keys: Float[Array, "K *n H"]) -> Floa
 
 
 def _page_scores(
-    rows: Float[Array, "K r H"], keys: Float[Array, "K parts n H"], spreads: Float[Array, "K n"] | None, rule: Rule
+    rows: Float[Array, "K r H"],
+    keys: Float[Array, "K parts n d"],
+    spreads: Float[Array, "K n"] | None,
+    rule: Rule,
+    few: Float[Array, "K r d"] | None = None,
+    means: Float[Array, "K n H"] | None = None,
 ) -> Float[Array, "K r n"]:
-    best = _products(rows, keys).max(2)
+    """few: the rows' coordinates that keys have; then means hold the rest."""
+    best = _products(rows if few is None else few, keys).max(2)
+    if means is not None:
+        best += _products(rows, means)
     if spreads is not None:
         norm = jnp.sqrt(jnp.sum(rows.astype(jnp.float32) ** 2, axis=-1))
         best += rule.spread * norm[..., None] * spreads[:, None]
@@ -64,44 +72,57 @@ def _window_mass(
 
 
 def _masses(query, bounds, pages, scores_of, rule: Rule) -> tuple[Float[Array, "K B r"], Float[Array, "K B r"]]:
-    """Of the windows, and of those and all pages of the routed middle. scores_of: rows -> scores of all pages."""
+    """Of the windows, and of those and all pages of the routed middle. scores_of: (rows, their block) -> scores of all pages."""
     kv_heads, count = pages.shape[:2]
 
     def one(block: Int[Array, ""]) -> tuple[Array, Array]:
         rows, position, _, _ = _rows(query, bounds, block, kv_heads, rule)
         window = _window_mass(rows, position, bounds, block, pages, rule)
-        scores = jnp.where(middle(bounds, block, count, rule), scores_of(rows), -jnp.inf)
+        scores = jnp.where(middle(bounds, block, count, rule), scores_of(rows, block), -jnp.inf)
         return window, jnp.logaddexp(window, jax.nn.logsumexp(scores, axis=-1))
 
     window, mass = lax.map(one, jnp.arange(rule.blocks(query.shape[0])))
     return window.swapaxes(0, 1), mass.swapaxes(0, 1)
 
 
-def scan(query, bounds, pages, keys, *, threshold: float, rule: Rule):
+def scan(query, bounds, pages, keys, few=None, means=None, *, threshold: float, rule: Rule):
     """See scan.scan; everything is written."""
-    window, mass = _masses(query, bounds, pages, lambda rows: _page_scores(rows, keys, None, rule), rule)
-    return window, mass, _requests(query, bounds, keys, None, mass, threshold, rule)
+
+    def scores_of(rows: Array, block: Array) -> Array:
+        return _page_scores(rows, keys, None, rule, *_few(few, means, bounds, block, rule))
+
+    window, mass = _masses(query, bounds, pages, scores_of, rule)
+    return window, mass, _requests(query, bounds, len(keys), scores_of, mass, threshold, rule)
+
+
+def _few(few, means, bounds, block, rule: Rule) -> tuple[Array, Array] | tuple[None, None]:
+    """A block's rows in few coordinates, and the pages' means."""
+    return (None, None) if few is None else (_rows(few, bounds, block, len(means), rule)[0], means[:, 0])
 
 
 def probe_mass(query, bounds, pages, means, spreads, *, threshold: float, rule: Rule):
     """See kernel.probe_mass; everything is written."""
-    window, mass = _masses(query, bounds, pages, lambda rows: _page_scores(rows, means, spreads, rule), rule)
-    return window, mass, _requests(query, bounds, means, spreads, window, threshold, rule)
+
+    def scores_of(rows: Array, _: Array) -> Array:
+        return _page_scores(rows, means, spreads, rule)
+
+    window, mass = _masses(query, bounds, pages, scores_of, rule)
+    return window, mass, _requests(query, bounds, len(means), scores_of, window, threshold, rule)
 
 
-def _requests(query, bounds, keys, spreads, mass, threshold: float, rule: Rule) -> Int[Array, "K B 1 P"]:
-    kv_heads, count = keys.shape[0], keys.shape[2]
+def _requests(query, bounds, kv_heads: int, scores_of, mass, threshold: float, rule: Rule) -> Int[Array, "K B 1 P"]:
 
     def one(block: Int[Array, ""]) -> Array:
         rows, _, offset, live = _rows(query, bounds, block, kv_heads, rule)
-        scores = jnp.where(middle(bounds, block, count, rule), _page_scores(rows, keys, spreads, rule), -jnp.inf)
+        scores = scores_of(rows, block)
+        scores = jnp.where(middle(bounds, block, scores.shape[2], rule), scores, -jnp.inf)
         asking = live[:, None] & (scores >= (mass[:, block] + math.log(threshold))[..., None])
         return jnp.min(jnp.where(asking, offset[:, None], rule.chunk_size), axis=1)
 
     return lax.map(one, jnp.arange(mass.shape[1])).swapaxes(0, 1)[:, :, None]
 
 
-def _listed(query, bounds, block, keys, spreads, ids, since, counts, rule: Rule):
+def _listed(query, bounds, block, keys, spreads, ids, since, counts, rule: Rule, few=None, means=None):
     """Scores [K, r, M] of a block's listed pages, which rows see them, row offsets, liveness."""
     rows, _, offset, live = _rows(query, bounds, block, keys.shape[0], rule)
     there = jnp.arange(ids.shape[2]) < counts[:, block, None]
@@ -109,7 +130,10 @@ def _listed(query, bounds, block, keys, spreads, ids, since, counts, rule: Rule)
     listed = jax.vmap(lambda keys, page: keys[:, page])(keys, page)
     spread = None if spreads is None else jnp.take_along_axis(spreads, page, axis=1)
     seen = there[:, None] & (since[:, block][:, None] <= offset[:, None])
-    return _page_scores(rows, listed, spread, rule), seen, there, page, offset, live
+    few, means = _few(few, means, bounds, block, rule)
+    if means is not None:
+        means = jax.vmap(lambda means, page: means[page])(means, page)
+    return _page_scores(rows, listed, spread, rule, few, means), seen, there, page, offset, live
 
 
 def refine(query, bounds, pages, keys: PageKeys, ids, since, counts, *, threshold: float, rule: Rule) -> Int[Array, "K B 1 P"]:
@@ -130,11 +154,11 @@ def refine(query, bounds, pages, keys: PageKeys, ids, since, counts, *, threshol
     return lax.map(one, jnp.arange(counts.shape[1])).swapaxes(0, 1)[:, :, None]
 
 
-def listed_mass(query, bounds, keys, spreads, mass, ids, since, counts, *, rule: Rule) -> Float[Array, "K B r"]:
+def listed_mass(query, bounds, keys, spreads, mass, ids, since, counts, few=None, means=None, *, rule: Rule) -> Float[Array, "K B r"]:
     """See kernel.listed_mass."""
 
     def one(block: Int[Array, ""]) -> Array:
-        scores, seen, *_ = _listed(query, bounds, block, keys, spreads, ids, since, counts, rule)
+        scores, seen, *_ = _listed(query, bounds, block, keys, spreads, ids, since, counts, rule, few, means)
         return jnp.where(seen, jnp.exp(scores - mass[:, block, :, None]), 0).sum(-1)
 
     return lax.map(one, jnp.arange(mass.shape[1])).swapaxes(0, 1)
