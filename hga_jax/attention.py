@@ -50,7 +50,8 @@ class HGAAttention(AttentionBackend):
     "pallas", "xla", or "interpret": the kernels in Pallas' interpreter, for tests.
 
     With the sketch policy any split of a prompt into prefill calls and decode steps gives the same result; with screening (see HGAConfig)
-    nearly: candidates are not remembered from one call to the next, and decode scans everything. With the paper policy the new
+    nearly: candidates are not remembered from one call to the next, and decode scans everything. With scan_pairs any split into prefill
+    calls does, and decode again scans everything. With the paper policy the new
     queries of a chunk share their cuts, so results depend on the split inside the chunk where a call starts or ends.
     """
 

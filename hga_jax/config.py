@@ -47,6 +47,12 @@ class HGAConfig:
     of the windows' mass, are candidates from there to the end of the next chunk. Every request_stride-th query requests those of them whose
     sketches reach screen_threshold of the threshold. "auto": on an NVIDIA GPU, in histories with room for more than SCREEN_FROM tokens; off
     elsewhere. Decode always scans everything.
+    scan_pairs: sketch policy, 0 or in how many rotary pairs prefill scans tokens, in place of sketches or screening: a page counts as its
+    mean key and, in those pairs alone, the largest of its tokens' deviations from that. For each kv head they are the pairs in which the
+    first queries and keys of the sequence, those that have nothing to route, have the largest products of energies; where none of those
+    queries was seen (a history that was stored, or begun by other means than prefill) prefill goes by sketches. Decode does always, so that
+    where a prompt ends changes which pages are open to the tokens behind. A quarter of the pairs costs a quarter of the products and up to
+    0.002 nats (eval/README.md). pairs_threshold: factor on the threshold then: scores without the other pairs are lower.
     dense_below: a prompt's first call of at most so many tokens attends to everything, which is faster there as well as exact; "auto": up
     to the crossover measured on NVIDIA GPUs, 0 elsewhere.
     top_chunks, top_groups, summary: paper policy; `top_groups // 2` is what each single query requests.
@@ -95,6 +101,8 @@ class HGAConfig:
                 f"screen_spread={self.screen_spread} must not be negative, screen_margin={self.screen_margin} must lie in (0, 1] and "
                 f"screen_threshold={self.screen_threshold} be positive"
             )
+        if self.scan_pairs < 0 or not self.pairs_threshold > 0:
+            raise ValueError(f"scan_pairs={self.scan_pairs} must not be negative and pairs_threshold={self.pairs_threshold} be positive")
         if self.dense_below != "auto" and (isinstance(self.dense_below, str) or self.dense_below < 0):
             raise ValueError(f'dense_below={self.dense_below!r}: choose "auto" or a number of tokens')
         if self.top_chunks < 1 or self.top_groups < 2:

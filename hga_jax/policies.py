@@ -47,8 +47,8 @@ class Policy(NamedTuple):
     request: (query [K, B, G, Q, H] of B neighbouring chunks, live [B, Q], their chunks [B], summaries, log of the window scores' summed
     exponentials [K, B, G, Q]) -> what those queries ask for, any pytree; needs nothing of what was requested before.
     grant: (requests, b, chunk of block b, stamps) -> routing.Granted: the pages open to block b; called block by block.
-    list_pages: (query [T, N, H], pages of a device history, summaries, stamps, first position, live queries, implementation) -> PageLists:
-    request and grant for all blocks at once.
+    list_pages: (query [T, N, H], pages of a device history, summaries, stamps, first position, live queries, implementation, energy of
+    the sequence's first queries or None) -> PageLists: request and grant for all blocks at once.
     remembers: whether requests outlive their block; then `grant` takes and returns a stamp a page.
     """
 
@@ -67,7 +67,8 @@ class Policy(NamedTuple):
 def policy_for(
     config: HGAConfig, rope: RopeConfig | None, head_dim: int, scale: float, rotation: Array | np.ndarray | None = None
 ) -> Policy:
-    """The functions of config.policy, their settings filled in. Raises ValueError when the policy needs a rope and none is given."""
+    """The functions of config.policy, their settings filled in. Raises ValueError when the policy needs a rope and none is given, or
+    config.scan_pairs is more than there are."""
     if config.policy == "paper":
         if config.summary == "mixed_rope" and rope is None:
             raise ValueError("summary='mixed_rope' needs rope=RopeConfig(theta=...): give the keys' rotation or choose summary='mean'")
@@ -79,6 +80,8 @@ def policy_for(
             partial(list_top, config=config),
             remembers=False,
         )
+    if config.scan_pairs > head_dim // 2:
+        raise ValueError(f"scan_pairs={config.scan_pairs}: keys of {head_dim} coordinates have {head_dim // 2} rotary pairs")
     fits_kernels = power_of_two(config.chunk_size) and power_of_two(config.group_size) and config.chunk_size >= 16
     rotation = jnp.asarray(built_in_rotation(head_dim) if rotation is None else rotation, jnp.float32)
     return Policy(
@@ -150,7 +153,7 @@ def list_by_threshold(
     rotation: Float[Array, "H H"],
     scale: float,
 ) -> PageLists:
-    """The sketch policy's requests and grants of all blocks of queries, screened where config says so."""
+    """The sketch policy's requests and grants of all blocks of queries, screened, or scanned in some rotary pairs, where config says so."""
     ratio = query.shape[1] // pages.shape[0]
     rule = Rule(config.chunk_size, config.group_size, config.sink_chunks, config.local_chunks, scale)
     screen = None

@@ -1,6 +1,6 @@
 """Compile one layer's prefill and decode, kernels included, for an NVIDIA GPU that is not there: lowering, layouts, shared memory, ptxas.
 
-    python tests/compile_without_gpu.py h100|a100|rtx5090 [--policy sketch paper]
+    python tests/compile_without_gpu.py h100|a100|rtx5090 [--policy sketch paper] [--scan-pairs 16]
 
 What interpret mode cannot catch, without device time. Needs the CUDA plugin (pip install -e '.[cuda]'; no driver, no GPU) and, where the
 compiler does not find ptxas, XLA_FLAGS="--xla_gpu_cuda_data_dir=DIR --xla_gpu_enable_libnvptxcompiler=false" with DIR/bin/ptxas and
@@ -47,6 +47,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("target", choices=TARGETS)
     parser.add_argument("--policy", nargs="+", default=["sketch", "paper"])
+    parser.add_argument("--scan-pairs", type=int, default=0, help="rotary pairs in which prefill scans tokens, 0: sketches")
     options = parser.parse_args()
     capability, shared, known = TARGETS[options.target]
     info = gpu_info._get_gpu_info_impl(gpu_info.GpuVersion[known])
@@ -76,7 +77,7 @@ def main() -> int:
     rows, row = (there(jax.ShapeDtypeStruct(shape, jnp.bfloat16)) for shape in ((TOKENS, 2048), (2048,)))
     failed = 0
     for policy in options.policy:
-        backend = HGAAttention(HGAConfig(policy=policy), config.rope)
+        backend = HGAAttention(HGAConfig(policy=policy, scan_pairs=options.scan_pairs), config.rope)
         state = there(jax.eval_shape(lambda b=backend: b.init_state(TOKENS + 256, 4, 128, jnp.bfloat16)))
         traced = {
             "prefill": programs.prefill_layer.trace(layer, rows, number, number, state, stats, backend=backend, segment=16384),

@@ -51,6 +51,8 @@ def describe(model: Any, backend: AttentionBackend) -> dict[str, Any]:
 
     if isinstance(backend, HGAAttention):
         attention = {"kind": "hga", "rotation": ROTATION_VERSION} | asdict(backend.config)
+        if not backend.config.scan_pairs:  # histories stored before there were these settings stay good
+            del attention["scan_pairs"], attention["pairs_threshold"]
     elif isinstance(backend, DenseAttention):
         attention = {"kind": "dense", "page_size": backend.page_size}
     else:

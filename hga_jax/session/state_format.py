@@ -200,8 +200,9 @@ class Blank:
         if self.on_host:
             filled = [put_on_host(part) for part in filled]
         stamps = None if self.shapes.stamps is None else _stamps(self.form, self.shapes.stamps.shape, length, notes)
-        marks = None if self.shapes.marks is None else jnp.zeros(self.shapes.marks.shape, self.shapes.marks.dtype)
-        return replace(self.shapes, history=history, summaries=jax.tree.unflatten(tree, filled), stamps=stamps, marks=marks)
+        marks, energy = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (self.shapes.marks, self.shapes.energy))
+        filled = jax.tree.unflatten(tree, filled)
+        return replace(self.shapes, history=history, summaries=filled, stamps=stamps, marks=marks, energy=energy)
 
 
 @partial(jax.jit, static_argnames="config")

@@ -76,18 +76,17 @@ class Screen:
 
 @dataclass(frozen=True)
 class Tile:
-    """pages: scored in one step. warps, stages: of the launch. parts: vectors of each of these pages in one product, in a scan."""
+    """pages: scored in one step. warps, stages: of the launch."""
 
     pages: int = 64
     warps: int = 8
     stages: int = 3
-    parts: int = 1
 
     def __post_init__(self):
         if self.pages < 16 or not power_of_two(self.pages):
             raise ValueError(f"pages={self.pages} must be a power of two of at least 16: the smallest matmul of the tensor cores")
-        if not (power_of_two(self.warps) and power_of_two(self.parts)) or self.stages < 1:
-            raise ValueError(f"warps={self.warps} and parts={self.parts} must be powers of two and stages={self.stages} positive")
+        if not power_of_two(self.warps) or self.stages < 1:
+            raise ValueError(f"warps={self.warps} must be a power of two and stages={self.stages} positive")
 
 
 @dataclass(frozen=True)

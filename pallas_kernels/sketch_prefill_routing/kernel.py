@@ -113,11 +113,8 @@ def page_scores(
     present: Any,
     rule: Rule,
     means_ref: Any = None,
-    at_once: int = 1,
 ) -> Array:
-    """Scores [rows, pages] in powers of two. means_ref: where tokens are deviations from it in few coordinates, each page's mean.
-    at_once: of a page's tokens, in one turn of the loop.
-    """
+    """Scores [rows, pages] in powers of two. means_ref: where tokens are deviations from it in few coordinates, each page's mean."""
     parts = keys_ref.shape[1]
 
     def products(query: Array, ref: Any, part: Any) -> Array:
@@ -125,20 +122,12 @@ def page_scores(
         vectors = plgpu.load(ref.at[outer(k, part, page, dim)], mask=present[:, None] & (dim < ref.shape[3])[None, :], other=0)
         return product(query, vectors)
 
-    few = probes.query if probes.few is None else probes.few
-
-    def look(j: Any, best: Array) -> Array:
-        for part in range(at_once):
-            best = jnp.maximum(best, products(few, keys_ref, j * at_once + part))
-        return best
-
-    best = products(probes.query, means_ref, 0) if means_ref is not None else None
-    first = products(few, keys_ref, 0)
-    for part in range(1, at_once):
-        first = jnp.maximum(first, products(few, keys_ref, part))
-    if parts > at_once:
-        first = lax.fori_loop(1, parts // at_once, look, first)
-    best = first if best is None else best + first
+    query = probes.query if probes.few is None else probes.few
+    best = products(query, keys_ref, 0)
+    if parts > 1:
+        best = lax.fori_loop(1, parts, lambda j, best: jnp.maximum(best, products(query, keys_ref, j)), best)
+    if means_ref is not None:
+        best += products(probes.query, means_ref, 0)
     if spreads_ref is not None:
         best += norm[:, None] * plgpu.load(spreads_ref.at[k, page], mask=present, other=0)[None, :]
     return best * (rule.scale * LOG2E)

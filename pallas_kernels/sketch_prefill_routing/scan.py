@@ -76,7 +76,6 @@ def _pages_kernel(
     threshold: float,
     rule: Rule,
     tile_pages: int,
-    at_once: int,
     interpret: bool,
 ):
     *refs, mass_ref, marks_ref = refs  # [K, B, rows] f32; [K, B, tiles, P]: 0 for a page that a row may ask for, chunk_size for others
@@ -90,7 +89,7 @@ def _pages_kernel(
         def look(i: Any, mass: tuple) -> tuple:
             page = end - (i + 1) * tile_pages + span(0, tile_pages)
             there = page >= first
-            scores = page_scores(probes, keys_ref, None, None, k, page, there, rule, means_ref, at_once)
+            scores = page_scores(probes, keys_ref, None, None, k, page, there, rule, means_ref)
             mass = add_scores(mass, jnp.where(there[None, :], scores, -jnp.inf), interpret)
             bound = jnp.where(probes.live, log2_mass(mass) + math.log2(threshold), jnp.inf)
             near = jnp.min(jnp.where(scores >= bound[:, None], 0, rule.chunk_size), axis=0)
@@ -175,7 +174,7 @@ def mark(
     call, first = _launches(query, keys, rule, config, interpret)
     mass = jax.ShapeDtypeStruct((*first.shape[:2], rule.probes * query.shape[1] // first.shape[0]), jnp.float32)
     [window] = call(_windows_kernel, "scan_windows", [mass], [bounds, query, pages])
-    kernel = partial(_pages_kernel, threshold=threshold, at_once=min(config.tile(keys.shape[1]).parts, keys.shape[1]))
+    kernel = partial(_pages_kernel, threshold=threshold)
     return window, *call(kernel, "scan_pages", [mass, first], [bounds, query, window, keys, few, means])
 
 
