@@ -181,7 +181,7 @@ def list_by_threshold(
 
         def by_pairs() -> tuple:
             dims = choose_dims(energy, pages, config.unrouted // config.group_size, config.scan_pairs)
-            less = threshold * config.pairs_threshold
+            less = threshold * config.pairs_threshold_for(query.shape[-1])
             return tuple(route(query, pages, pair_keys(pages, dims), stamps, start, count, threshold=less, **settings))
 
         return by_sketches() if energy is None else lax.cond(jnp.any(energy > 0), by_pairs, by_sketches)
