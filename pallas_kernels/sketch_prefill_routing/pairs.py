@@ -1,7 +1,7 @@
 """Scoring a page by few coordinates: its mean key in full, and its tokens' deviations from that in the rotary pairs that matter.
 
-Post-RoPE queries and keys are far from isotropic: of the variance of their deviations' scores, an eighth of the pairs holds two thirds and
-a quarter four fifths (SmolLM2-135M, Qwen2.5-Coder-0.5B). Which pairs is a property of the layer and kv head more than of the text.
+Post-RoPE queries and keys are far from isotropic: of the variance of their deviations' scores, a quarter of the pairs holds three to four
+fifths (Qwen2.5-Coder-0.5B, SmolLM2-135M). Which pairs is a property of the layer and kv head more than of the text.
 """
 
 from __future__ import annotations
