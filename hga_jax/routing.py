@@ -328,7 +328,7 @@ def grant_remembered(
     else:
         new = requests.votes[block]
         after = stamp_of(own_chunk, kept | fresh, votes_in(stamps, own_chunk) + new)
-        stamps = jnp.where((first < length) | (new > 0), after, stamps)
+        stamps = jnp.where(new > 0, after, stamps)
 
     # The open pages in order of their ids, without a sort: slot n holds the page at which the running count reaches n + 1.
     count = jnp.cumsum(carried | fresh, axis=-1)

@@ -1,4 +1,4 @@
-"""What is remembered of a page where votes keep it open: last chunk that touched it, whether it was open there, the votes it got there.
+"""What is remembered of a page where votes keep it open: the last chunk in which it got any, whether it was open there, how many.
 
 All three fit one int32, chunk << 10 | open << 9 | votes, so that a stamp stays one number and later chunks have larger ones. Works on
 arrays of any shape, in XLA and inside kernels alike.
@@ -25,10 +25,12 @@ def oldest_open(own_chunk: Any) -> Any:
     return (own_chunk - 1) << _SHIFT
 
 
-def is_open(stamps: Any, own_chunk: Any, votes: int) -> Any:
-    """Whether a page is open to a query of `own_chunk` before it asks: opened in this chunk, or kept by enough votes of the one before."""
-    chunk = stamps >> _SHIFT
-    return ((chunk == own_chunk) & ((stamps & _OPEN) > 0)) | ((chunk == own_chunk - 1) & ((stamps & MOST) >= votes))
+def is_open(stamps: Any, own_chunk: Any, votes: int, more: Any = 0) -> Any:
+    """Whether a page is open to a query of `own_chunk` before it asks: opened in this chunk, or kept by enough votes of the one before.
+
+    more: votes of the chunk before that the stamps do not know of.
+    """
+    return (((stamps >> _SHIFT) == own_chunk) & ((stamps & _OPEN) > 0)) | (votes_in(stamps, own_chunk - 1) + more >= votes)
 
 
 def votes_in(stamps: Any, chunk: Any) -> Any:
