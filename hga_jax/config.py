@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from pallas_kernels.votes import MOST as MOST_VOTES
+
 POLICIES = ("sketch", "paper")
 SUMMARIES = ("mixed_rope", "mean")
 # Thresholds of the sketch policy per query head that shares a kv head. A request of one head opens the page for all G of them, so at equal
@@ -40,13 +42,15 @@ class HGAConfig:
     policy: "sketch" (causal threshold on estimated attention mass) or "paper" (arXiv 2606.30709: top chunks, then top groups).
     threshold: sketch policy, the share of a query's attention mass above which a page is opened (0 < threshold < 1), or a level of QUALITY,
     whose threshold depends on how many query heads share a kv head.
+    votes, vote_share: sketch policy, what keeps a page open for the next chunk. 1 and 1: any request. Otherwise at least `votes` of the
+    chunk's (query, head) pairs must have vote_share * threshold of their mass there, whether or not one of them asked for it.
     page_capacity: sketch policy, the most routed pages of a kv head open at a time; further requests are refused, in query order.
     Decode kernels keep several lists a kv head, with room for as many pages twice over, and refuse when one is full.
     screening: sketch policy, how prefill finds pages. "off": every query scans the sketch of every token. "on": every screen_stride-th
     query looks at each page's mean key plus screen_spread standard deviations; pages that reach screen_margin of the threshold, as a share
     of the windows' mass, are candidates from there to the end of the next chunk. Every request_stride-th query requests those of them whose
     sketches reach screen_threshold of the threshold. "auto": on an NVIDIA GPU, in histories with room for more than SCREEN_FROM tokens; off
-    elsewhere. Decode always scans everything.
+    elsewhere and where votes count. Decode always scans everything.
     scan_pairs: sketch policy, 0 or in how many rotary pairs prefill scans tokens, in place of sketches or screening: a page counts as its
     mean key and, in those pairs alone, the largest of its tokens' deviations from that. For each kv head they are the pairs in which the
     first queries and keys of the sequence, those that have nothing to route, have the largest products of energies; where none of those
@@ -65,6 +69,8 @@ class HGAConfig:
     local_chunks: int = 8
     policy: Literal["sketch", "paper"] = "sketch"
     threshold: float | Literal["fast", "balanced", "best"] = "balanced"
+    votes: int = 1
+    vote_share: float = 1.0
     page_capacity: int = 1024
     screening: Literal["auto", "on", "off"] = "auto"
     screen_stride: int = 4
@@ -90,6 +96,12 @@ class HGAConfig:
             raise ValueError(f"threshold={self.threshold!r}: choose {', '.join(QUALITY)} or a number between 0 and 1")
         if not isinstance(self.threshold, str) and not 0.0 < self.threshold < 1.0:
             raise ValueError(f"threshold={self.threshold} must lie between 0 and 1 (0.004 is a good start)")
+        if not 1 <= self.votes <= MOST_VOTES or not 0 < self.vote_share <= 1:
+            raise ValueError(f"votes={self.votes} must lie between 1 and {MOST_VOTES} and vote_share={self.vote_share} in (0, 1]")
+        if self.counts_votes and self.screening == "on":
+            raise ValueError(
+                f"screening='on' finds no votes: choose off, or votes=1 and vote_share=1 in place of {self.votes} and {self.vote_share}"
+            )
         if self.page_capacity < 1:
             raise ValueError(f"page_capacity={self.page_capacity} must be at least 1")
         if self.screening not in ("auto", "on", "off"):
@@ -125,9 +137,14 @@ class HGAConfig:
         """Whether prefill goes by page lists on every machine, because only they do what is asked for."""
         return self.policy == "sketch" and (self.screening == "on" or self.scan_pairs > 0)
 
+    @property
+    def counts_votes(self) -> bool:
+        """Whether votes keep pages open, not requests."""
+        return self.policy == "sketch" and (self.votes, self.vote_share) != (1, 1.0)
+
     def screened(self, room: int) -> bool:
         """Whether prefill by page lists screens, in a history with room for so many tokens."""
-        return self.screening == "on" or (self.screening == "auto" and room > SCREEN_FROM)
+        return self.screening == "on" or (self.screening == "auto" and room > SCREEN_FROM and not self.counts_votes)
 
     def dense_up_to(self, fused: bool) -> int:
         """Tokens of a prompt's first call up to which attention is dense; fused: whether cuDNN's attention takes its arrays."""

@@ -21,6 +21,7 @@ from pallas_kernels.sketch_prefill_routing import Rule, Screen, route
 from pallas_kernels.sketch_prefill_routing.keys import page_keys
 from pallas_kernels.sketch_prefill_routing.pairs import choose_dims, pair_keys
 from pallas_kernels.sketch_prefill_routing.sketches import sketch_pages
+from pallas_kernels.votes import NEVER
 
 SCORES_AT_ONCE = 64 * 2**20  # chunk scores held at once by `list_top`, in elements
 
@@ -49,7 +50,7 @@ class Policy(NamedTuple):
     grant: (requests, b, chunk of block b, stamps) -> routing.Granted: the pages open to block b; called block by block.
     list_pages: (query [T, N, H], pages of a device history, summaries, stamps, first position, live queries, implementation, energy of
     the sequence's first queries or None) -> PageLists: request and grant for all blocks at once.
-    remembers: whether requests outlive their block; then `grant` takes and returns a stamp a page.
+    remembers: whether requests outlive their block; then `grant` takes and returns a stamp a page. never: that of one not requested yet.
     """
 
     summarise: Callable[[Float[Array, "K S H"]], Any]
@@ -58,10 +59,11 @@ class Policy(NamedTuple):
     grant: Callable[..., Granted]
     list_pages: Callable[..., PageLists]
     remembers: bool
+    never: int = -2
 
     def new_stamps(self, kv_heads: int, pages: int) -> Int[Array, "K P"] | None:
         """Stamps of pages never requested."""
-        return jnp.full((kv_heads, pages), -2, jnp.int32) if self.remembers else None
+        return jnp.full((kv_heads, pages), self.never, jnp.int32) if self.remembers else None
 
 
 def policy_for(
@@ -88,9 +90,10 @@ def policy_for(
         partial(key_sketches, chunk_size=config.chunk_size, rotation=rotation),
         partial(sketch_new_pages, rotation=rotation) if fits_kernels else None,
         partial(request_by_threshold, config=config, rotation=rotation, scale=scale),
-        partial(grant_remembered, capacity=config.page_capacity),
+        partial(grant_remembered, capacity=config.page_capacity, votes=config.votes),
         partial(list_by_threshold, config=config, rotation=rotation, scale=scale),
         remembers=True,
+        never=NEVER if config.counts_votes else -2,
     )
 
 
@@ -155,7 +158,10 @@ def list_by_threshold(
 ) -> PageLists:
     """The sketch policy's requests and grants of all blocks of queries, screened, or scanned in some rotary pairs, where config says so."""
     ratio = query.shape[1] // pages.shape[0]
-    rule = Rule(config.chunk_size, config.group_size, config.sink_chunks, config.local_chunks, scale)
+    votes = config.votes if config.counts_votes else 0
+    rule = Rule(
+        config.chunk_size, config.group_size, config.sink_chunks, config.local_chunks, scale, votes=votes, vote_share=config.vote_share
+    )
     screen = None
     if config.screened(pages.shape[1] * config.group_size):
         screen = Screen(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from pallas_kernels.sketch_prefill_routing.pairs import choose_dims, pair_keys, 
 from pallas_kernels.sketch_prefill_routing.reference import reference_route
 from pallas_kernels.sketch_prefill_routing.sketches import sketch_pages, unsketch
 from pallas_kernels.sketch_routing import sketch_chunks
+from pallas_kernels.votes import stamp_of
 
 RUNS = ["xla", "interpret", pytest.param("native", marks=pytest.mark.gpu)]
 SMALL = Config(rows=16, means=Tile(16, 4, 1), tokens=Tile(16, 4, 1), list_pages=16)
@@ -59,30 +61,38 @@ def listed(lists, kv_heads, first, count):
 
 
 @functools.cache
-def program(run, head_dim, screen, capacity, threshold):
-    rules = {"rule": rule_of(head_dim), "threshold": threshold, "capacity": capacity, "screen": screen}
+def program(run, head_dim, screen, capacity, threshold, votes):
+    rule = dataclasses.replace(rule_of(head_dim), **votes._asdict())
+    rules = {"rule": rule, "threshold": threshold, "capacity": capacity, "screen": screen}
     return jax.jit(lambda q, p, s, st, f, c: route(q, p, PageKeys(s, *page_statistics(s)), st, f, c, **rules, **settings(run)))
 
 
-def run_route(run, data, first, count, stamps, screen=None, capacity=64, threshold=0.03):
+class Votes(NamedTuple):
+    votes: int = 0
+    vote_share: float = 1.0
+
+
+def run_route(run, data, first, count, stamps, screen=None, capacity=64, threshold=0.03, votes=Votes()):
     query, _, sketched, pages = data
-    call = program(run, query.shape[2], screen, capacity, threshold)
+    call = program(run, query.shape[2], screen, capacity, threshold, votes)
     return call(jnp.asarray(query), pages, sketched, jnp.asarray(stamps), jnp.int32(first), jnp.int32(count))
 
 
-def check(run, data, first, count, stamps, screen=None, capacity=64, threshold=0.03):
+def check(run, data, first, count, stamps, screen=None, capacity=64, threshold=0.03, votes=Votes()):
+    """stamps: with votes, the three numbers of the reference."""
     query, keys, sketched, _ = data
-    lists = run_route(run, data, first, count, stamps, screen, capacity, threshold)
+    packed = stamp_of(*stamps) if votes.votes else stamps
+    lists = run_route(run, data, first, count, packed, screen, capacity, threshold, votes)
     numbers = {"scale": query.shape[2] ** -0.5, "threshold": threshold, "capacity": capacity}
     shape = {"chunk_size": CHUNK, "group_size": GROUP, "sink_chunks": 1, "local_chunks": 1}
     by_token = np.asarray(sketched, np.float64).swapaxes(1, 2).reshape(keys.shape)
     pruned = screen and dataclasses.asdict(screen)
     expected, after, refused, unopened, closest = reference_route(
-        query, keys, by_token, stamps, first, count, **shape, **numbers, screen=pruned
+        query, keys, by_token, stamps, first, count, **shape, **numbers, screen=pruned, **votes._asdict()
     )
     assert closest > 1e-5, "pick another seed: float32 may decide otherwise"
     assert listed(lists, len(keys), first, count) == expected
-    np.testing.assert_array_equal(lists.stamps, after)
+    np.testing.assert_array_equal(lists.stamps, stamp_of(*after) if votes.votes else after)
     assert int(lists.refused) == refused
     np.testing.assert_allclose(lists.unopened, unopened, rtol=1e-4, atol=1e-4)
     return expected, refused
@@ -112,6 +122,20 @@ def test_call_that_starts_inside_a_chunk_with_requests_remembered_and_too_little
     screen = Screen(stride=2, request_stride=1, spread=1.0, margin=0.5, capacity=7)
     _, refused = check(run, data, 5 * CHUNK + 3, 56, stamps, screen, capacity=6)
     assert refused > 0
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("capacity", [64, 5])
+def test_votes_keep_pages_open(run, capacity):
+    """A call that starts inside a chunk. Chunk 4's votes keep page 5, not page 7; 6 and 9 have votes of the own chunk, 6 is open there."""
+    data = problem(144, 70, heads=6, kv_heads=2, seed=5)
+    touched, opened, cast = (np.full((2, 36), fill, np.int32) for fill in (-2, 0, 0))
+    touched[:, [5, 6, 7, 9]], opened[:, [5, 6, 7, 9]], cast[:, [5, 6, 7, 9]] = [4, 5, 4, 5], [0, 1, 1, 0], [4, 1, 3, 3]
+    stamps, votes = np.stack([touched, opened, cast]), Votes(4, 0.4)
+    expected, refused = check(run, data, 5 * CHUNK + 3, 61, stamps, None, capacity, 0.06, votes)
+    first = 5 * CHUNK + 3
+    assert all({5, 6} <= pages[first] for pages in expected) and any(not {7, 9} <= pages[first] for pages in expected)
+    assert (refused > 0) == (capacity == 5)
 
 
 @pytest.mark.parametrize("run", RUNS[1:])
@@ -156,24 +180,31 @@ def by_pairs(keys, dims):
 
 
 @pytest.mark.parametrize("run", RUNS)
-@pytest.mark.parametrize(("first", "heads", "kv_heads", "head_dim", "pairs"), [(0, 4, 2, 16, 2), (5 * CHUNK + 3, 3, 1, 24, 5)])
-def test_scan_by_rotary_pairs(run, first, heads, kv_heads, head_dim, pairs):
+@pytest.mark.parametrize(
+    ("first", "heads", "kv_heads", "head_dim", "pairs", "votes"),
+    [(0, 4, 2, 16, 2, Votes()), (5 * CHUNK + 3, 3, 1, 24, 5, Votes()), (7, 4, 2, 16, 3, Votes(3, 0.4))],
+)
+def test_scan_by_rotary_pairs(run, first, heads, kv_heads, head_dim, pairs, votes):
     """A page counts as its mean key and, in the chosen pairs alone, its tokens' deviations from that."""
     query, keys, _, pages = data = problem(144, 144 - first, heads, kv_heads, head_dim, seed=2)
     dims = np.random.default_rng(0).permuted(np.tile(np.arange(head_dim // 2), (kv_heads, 1)), axis=1)[:, :pairs]
     dims = np.concatenate([dims, dims + head_dim // 2], axis=1)
     count, stamps = 140 - first, never(data)
-    rules = {"rule": rule_of(head_dim), "threshold": 0.03, "capacity": 64, **settings(run)}
+    if votes.votes:
+        stamps = np.stack([stamps, 0 * stamps, 0 * stamps])
+    rule = dataclasses.replace(rule_of(head_dim), **votes._asdict())
+    rules = {"rule": rule, "threshold": 0.03, "capacity": 64, **settings(run)}
     call = jax.jit(lambda q, p, d, *rest: route(q, p, pair_keys(p, d), *rest, **rules))
-    lists = call(jnp.asarray(query), pages, jnp.asarray(dims), jnp.asarray(stamps), jnp.int32(first), jnp.int32(count))
+    packed = stamp_of(*stamps) if votes.votes else stamps
+    lists = call(jnp.asarray(query), pages, jnp.asarray(dims), jnp.asarray(packed), jnp.int32(first), jnp.int32(count))
     expected, after, _, unopened, closest = reference_route(
         query, keys, by_pairs(keys, dims), stamps, first, count, chunk_size=CHUNK, group_size=GROUP, sink_chunks=1, local_chunks=1,
-        scale=head_dim**-0.5, threshold=0.03, capacity=64,
+        scale=head_dim**-0.5, threshold=0.03, capacity=64, **votes._asdict(),
     )  # fmt: skip
     assert closest > 1e-5, "pick another seed: float32 may decide otherwise"
     assert listed(lists, kv_heads, first, count) == expected
     assert 0 < np.mean([len(seen) for seen in expected[0].values()]) < 20
-    np.testing.assert_array_equal(lists.stamps, after)
+    np.testing.assert_array_equal(lists.stamps, stamp_of(*after) if votes.votes else after)
     np.testing.assert_allclose(lists.unopened, unopened, rtol=1e-4, atol=1e-4)
 
 

@@ -129,7 +129,7 @@ def measure(
     kernels = Config(**{**vars(kernels), "candidates": options.candidates})
     common = {"threshold": threshold, "rule": rule, "config": kernels, "interpret": options.interpret}
     marking = jax.jit(lambda q, b, p, k, *few: mark(q, b, p, k, *few, **common))
-    settling = jax.jit(lambda q, b, k, mass, marks, *few: settle(q, b, k, mass, marks, *few, **common))
+    settling = jax.jit(lambda q, b, k, mass, marks, *few: settle(q, b, k, mass, marks, *few, **common)[0])
 
     def scan() -> tuple[jax.Array, jax.Array]:
         _, mass, marks = marking(query, bounds, pages, keys, *few)

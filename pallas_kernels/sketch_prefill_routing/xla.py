@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.sketch_prefill_routing.config import Rule
 from pallas_kernels.sketch_prefill_routing.keys import PageKeys
+from pallas_kernels.votes import is_open
 
 
 def _rows(query: Float[Array, "T N H"], bounds: Int[Array, " 2"], block: Int[Array, ""], kv_heads: int, rule: Rule):
@@ -92,7 +93,7 @@ def scan(query, bounds, pages, keys, few=None, means=None, *, threshold: float, 
         return _page_scores(rows, keys, None, rule, *_few(few, means, bounds, block, rule))
 
     window, mass = _masses(query, bounds, pages, scores_of, rule)
-    return window, mass, _requests(query, bounds, len(keys), scores_of, mass, threshold, rule)
+    return window, mass, *_requests(query, bounds, len(keys), scores_of, mass, threshold, rule)
 
 
 def _few(few, means, bounds, block, rule: Rule) -> tuple[Array, Array] | tuple[None, None]:
@@ -107,19 +108,26 @@ def probe_mass(query, bounds, pages, means, spreads, *, threshold: float, rule: 
         return _page_scores(rows, means, spreads, rule)
 
     window, mass = _masses(query, bounds, pages, scores_of, rule)
-    return window, mass, _requests(query, bounds, len(means), scores_of, window, threshold, rule)
+    return window, mass, _requests(query, bounds, len(means), scores_of, window, threshold, rule)[0]
 
 
-def _requests(query, bounds, kv_heads: int, scores_of, mass, threshold: float, rule: Rule) -> Int[Array, "K B 1 P"]:
+def _requests(
+    query, bounds, kv_heads: int, scores_of, mass, threshold: float, rule: Rule
+) -> tuple[Int[Array, "K B 1 P"], Int[Array, "K B 1 P"] | None]:
 
-    def one(block: Int[Array, ""]) -> Array:
+    def one(block: Int[Array, ""]) -> tuple[Array, Array | None]:
         rows, _, offset, live = _rows(query, bounds, block, kv_heads, rule)
         scores = scores_of(rows, block)
         scores = jnp.where(middle(bounds, block, scores.shape[2], rule), scores, -jnp.inf)
-        asking = live[:, None] & (scores >= (mass[:, block] + math.log(threshold))[..., None])
-        return jnp.min(jnp.where(asking, offset[:, None], rule.chunk_size), axis=1)
 
-    return lax.map(one, jnp.arange(mass.shape[1])).swapaxes(0, 1)[:, :, None]
+        def reaching(share: float) -> Array:
+            return live[:, None] & (scores >= (mass[:, block] + math.log(share))[..., None])
+
+        first = jnp.min(jnp.where(reaching(threshold), offset[:, None], rule.chunk_size), axis=1)
+        return first, jnp.sum(reaching(threshold * rule.vote_share), axis=1) if rule.votes else None
+
+    found = lax.map(one, jnp.arange(mass.shape[1]))
+    return jax.tree.map(lambda x: x.swapaxes(0, 1)[:, :, None], found)
 
 
 def _listed(query, bounds, block, keys, spreads, ids, since, counts, rule: Rule, few=None, means=None):
@@ -178,14 +186,20 @@ def _list(carried: Bool[Array, "K P"], first: Int[Array, "K P"], capacity: int, 
     return put(slot, page), put(slot, since), counts, taken
 
 
-def page_lists(first: Int[Array, "K B tiles P"], stamps: Int[Array, "K P"], bounds, *, capacity: int, rule: Rule):
+def page_lists(
+    first: Int[Array, "K B tiles P"], stamps: Int[Array, "K P"], bounds, *, capacity: int, rule: Rule, votes: Array | None = None
+):
     """See lists.page_lists."""
     none = rule.chunk_size
     asked = first_asked(first, jnp.arange(first.shape[1]), bounds, rule)
+    kept = None if votes is None else kept_open(votes, stamps, bounds, rule)
 
     def one(block: Int[Array, ""]) -> tuple[Array, Array, Array]:
-        before = (block > 0) & (asked[:, jnp.maximum(block - 1, 0)] < none)
-        carried = before | (stamps >= bounds[0] // rule.chunk_size + block - 1)
+        if kept is None:
+            before = (block > 0) & (asked[:, jnp.maximum(block - 1, 0)] < none)
+            carried = before | (stamps >= bounds[0] // rule.chunk_size + block - 1)
+        else:
+            carried = kept[:, block]
         live = _block_live(bounds, block, rule)
         return _list(carried & live, jnp.where(live, asked[:, block], none), capacity, none)[:3]
 
@@ -200,6 +214,20 @@ def first_asked(first: Int[Array, "K B tiles P"], block: Int[Array, " B"], bound
     """The first row of each block that asks for each page, int32; chunk_size outside the routed middle, where kernels write nothing."""
     there = middle(bounds, block, first.shape[3], rule) & _block_live(bounds, block, rule)[:, None]
     return jnp.where(there, first.astype(jnp.int32).min(2), rule.chunk_size)
+
+
+def votes_cast(votes: Int[Array, "K B tiles P"], bounds: Int[Array, " 2"], rule: Rule) -> Int[Array, "K B P"]:
+    """Votes of each block for each page; none outside the routed middle, where kernels write nothing."""
+    block = jnp.arange(votes.shape[1])
+    there = middle(bounds, block, votes.shape[3], rule) & _block_live(bounds, block, rule)[:, None]
+    return jnp.where(there, votes.astype(jnp.int32).sum(2), 0)
+
+
+def kept_open(votes: Int[Array, "K B tiles P"], stamps: Int[Array, "K P"], bounds: Int[Array, " 2"], rule: Rule) -> Bool[Array, "K B P"]:
+    """Which pages are open to each block before it asks."""
+    own = bounds[0] // rule.chunk_size + jnp.arange(votes.shape[1])[:, None]
+    before = jnp.pad(votes_cast(votes, bounds, rule), ((0, 0), (1, 0), (0, 0)))[:, :-1]
+    return is_open(stamps[:, None], own, rule.votes, before)
 
 
 def lists_in_order(first: Int[Array, "K B tiles P"], stamps: Int[Array, "K P"], bounds, *, capacity: int, rule: Rule):
