@@ -98,7 +98,7 @@ class HGAConfig:
             raise ValueError(f"threshold={self.threshold} must lie between 0 and 1 (0.004 is a good start)")
         if not 1 <= self.votes <= MOST_VOTES or not 0 < self.vote_share <= 1:
             raise ValueError(f"votes={self.votes} must lie between 1 and {MOST_VOTES} and vote_share={self.vote_share} in (0, 1]")
-        if self.counts_votes and self.screening == "on":
+        if self.votes_to_keep and self.screening == "on":
             raise ValueError(
                 f"screening='on' finds no votes: choose off, or votes=1 and vote_share=1 in place of {self.votes} and {self.vote_share}"
             )
@@ -138,13 +138,13 @@ class HGAConfig:
         return self.policy == "sketch" and (self.screening == "on" or self.scan_pairs > 0)
 
     @property
-    def counts_votes(self) -> bool:
-        """Whether votes keep pages open, not requests."""
-        return self.policy == "sketch" and (self.votes, self.vote_share) != (1, 1.0)
+    def votes_to_keep(self) -> int:
+        """Votes that keep a page open for the next chunk; 0: any request does."""
+        return self.votes if self.policy == "sketch" and (self.votes, self.vote_share) != (1, 1.0) else 0
 
     def screened(self, room: int) -> bool:
         """Whether prefill by page lists screens, in a history with room for so many tokens."""
-        return self.screening == "on" or (self.screening == "auto" and room > SCREEN_FROM and not self.counts_votes)
+        return self.screening == "on" or (self.screening == "auto" and room > SCREEN_FROM and not self.votes_to_keep)
 
     def dense_up_to(self, fused: bool) -> int:
         """Tokens of a prompt's first call up to which attention is dense; fused: whether cuDNN's attention takes its arrays."""

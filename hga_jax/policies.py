@@ -93,7 +93,7 @@ def policy_for(
         partial(grant_remembered, capacity=config.page_capacity, votes=config.votes),
         partial(list_by_threshold, config=config, rotation=rotation, scale=scale),
         remembers=True,
-        never=NEVER if config.counts_votes else -2,
+        never=NEVER if config.votes_to_keep else -2,
     )
 
 
@@ -158,10 +158,8 @@ def list_by_threshold(
 ) -> PageLists:
     """The sketch policy's requests and grants of all blocks of queries, screened, or scanned in some rotary pairs, where config says so."""
     ratio = query.shape[1] // pages.shape[0]
-    votes = config.votes if config.counts_votes else 0
-    rule = Rule(
-        config.chunk_size, config.group_size, config.sink_chunks, config.local_chunks, scale, votes=votes, vote_share=config.vote_share
-    )
+    windows = config.sink_chunks, config.local_chunks
+    rule = Rule(config.chunk_size, config.group_size, *windows, scale, votes=config.votes_to_keep, vote_share=config.vote_share)
     screen = None
     if config.screened(pages.shape[1] * config.group_size):
         screen = Screen(

@@ -291,7 +291,7 @@ def request_by_threshold(
         return lax.dynamic_update_slice_in_dim(votes, before + fresh, begin, axis=2)
 
     first = lax.fori_loop(0, tiles, ask, varying_like(jnp.full((blocks, kv_heads, total_pages), length), query))
-    votes = lax.fori_loop(0, tiles, vote, varying_like(jnp.zeros_like(first), query)) if config.counts_votes else None
+    votes = lax.fori_loop(0, tiles, vote, varying_like(jnp.zeros_like(first), query)) if config.votes_to_keep else None
     routed_mass = jnp.where(row_live, 1 - jnp.exp(window_mass - mass_unit), 0)
     by_block = (kv_heads, blocks, ratio * length)
     scores = scores.reshape(most_tiles, *by_block, step)
