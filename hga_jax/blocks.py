@@ -39,7 +39,8 @@ class LayerState:
     """What HGA keeps of one layer and one sequence.
 
     history: K/V of all tokens (any tier). summaries: the policy's pytree; entries of chunks still open are provisional and never read.
-    stamps: for policies that remember requests, the last chunk in which a query requested the page (-2: never); else None.
+    stamps: for policies that remember requests, the last chunk in which a query requested the page (-2: never), or, where votes keep pages
+    open, what pallas_kernels.votes says; else None.
     marks: for the others, scratch of the decode kernels, all zero between tokens; else None.
     energy: where prefill scans by rotary pairs, the summed squares of the first config.unrouted queries by pair; else None.
     carried: inside a decode loop, the pages that earlier requests leave open for the next token (sketch_routing.PageList); else None.

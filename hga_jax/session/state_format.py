@@ -63,6 +63,9 @@ class StateFormat:
     @staticmethod
     def of(backend: AttentionBackend, config: ModelConfig, dtype: Any) -> StateFormat:
         hga = isinstance(backend, HGAAttention)
+        if hga and backend.config.votes_to_keep:
+            given = f"votes={backend.config.votes}, vote_share={backend.config.vote_share}"
+            raise NotImplementedError(f"{given}: sessions do not store votes yet, choose votes=1, vote_share=1")
         chunk = backend.config.chunk_size if hga else DENSE_CHUNK
         group = backend.config.group_size if hga else backend.page_size
         state = jax.eval_shape(lambda: backend.init_state(chunk, config.kv_heads, config.head_dim, dtype))
