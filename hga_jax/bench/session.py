@@ -46,6 +46,7 @@ ROOT = "00" * 16
 THREADS = 16
 PARTS = ("prefill", "reopen", "question", "disk")
 QUESTION = 64  # tokens of a second question
+Run = dict[str, Any]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -72,11 +73,19 @@ def main(arguments: list[str] | None = None) -> None:
         "command": f"session {options.part}", "device": jax.devices()[0].device_kind, "jax": jax.__version__,
         "machine": platform.platform(), "cores": os.cpu_count(), "shape": options.shape, "tokens": options.tokens,
     }  # fmt: skip
-    report |= {"disk": bench_disk, "resume": bench_resume, "run": bench_run}[options.part](options)
-    for name, value in report.items():
-        print(f"{name:34} {value:.4g}" if isinstance(value, float) else f"{name:34} {value}", flush=True)
+    show(report)
+    found = {"disk": bench_disk, "resume": bench_resume, "run": bench_run}[options.part](options)
+    report |= found
+    if options.part != "run":
+        show(found)
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def show(found: Run) -> None:
+    """As it is found: a long run that is stopped has said what it knows."""
+    for name, value in found.items():
+        print(f"{name:34} {value:.4g}" if isinstance(value, float) else f"{name:34} {value}", flush=True)
 
 
 def random_blocks(form: StateFormat, store: BlockStore, staging: Path, tokens: np.ndarray) -> int:
@@ -324,17 +333,17 @@ def bench_run(options: argparse.Namespace) -> dict[str, Any]:
         "tier": options.tier,
         "history_bytes": history,
     }
+    show(report)
     for name in ("first", "second"):  # the first compiles
         directory = options.dir / name
         for part in options.parts:
-            report |= {"prefill": run_prefill, "reopen": run_reopen, "question": run_question, "disk": run_disk}[part](
-                options, model, tokens, directory, place, history
-            )
+            measure = {"prefill": run_prefill, "reopen": run_reopen, "question": run_question, "disk": run_disk}[part]
+            print(f"{part}, {'programs being compiled' if name == 'first' else 'programs compiled'}", flush=True)
+            found = measure(options, model, tokens, directory, place, history)
+            show(found)
+            report |= found
         shutil.rmtree(directory, ignore_errors=True)
     return report
-
-
-Run = dict[str, Any]
 
 
 def run_prefill(options: argparse.Namespace, model: LanguageModel, tokens: np.ndarray, directory: Path, place: Run, history: int) -> Run:
