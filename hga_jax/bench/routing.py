@@ -45,6 +45,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--pages", type=int, default=40, help="pages planted in every block")
     parser.add_argument("--settings", nargs="+", default=SETTINGS)
     parser.add_argument("--candidates", type=int, default=Config().candidates, help="room of a program for pages scored twice")
+    parser.add_argument("--votes", type=int, default=0, help="votes that keep a page open, counted too; 0: any request does")
+    parser.add_argument("--vote-share", type=float, default=0.1, help="share of the threshold that makes a vote")
     parser.add_argument("--interpret", action="store_true", help="in Pallas' interpreter, without times")
     parser.add_argument("--json", help="write the results here")
     options = parser.parse_args(argv)
@@ -62,7 +64,7 @@ def main(argv: list[str]) -> None:
     arrays = [x if x.dtype == jnp.uint8 else x.astype(keys.dtype) for x in (sketches.means, sketches.codes, sketches.scales)]
     rotation, closed = jnp.asarray(built_in_rotation(head_dim), jnp.float32), jnp.int32(options.tokens // CHUNK)
     by_page = page_keys(*arrays, rotation, GROUP, closed, implementation="pallas", interpret=options.interpret).tokens
-    rule = Rule(CHUNK, GROUP, SINKS, LOCAL, head_dim**-0.5)
+    rule = Rule(CHUNK, GROUP, SINKS, LOCAL, head_dim**-0.5, votes=options.votes, vote_share=options.vote_share)
     results: list[dict[str, Any]] = []
     expected = None
     for name, kernels in settings.items():
@@ -101,7 +103,7 @@ def measure(
 
     def scan() -> tuple[jax.Array, jax.Array]:
         _, mass, marks = marking(query, bounds, pages, keys)
-        return marks, settling(query, bounds, keys, mass, marks)
+        return marks, settling(query, bounds, keys, mass, marks)[0]
 
     blocks = tokens // CHUNK
     page, first = np.arange(tokens // GROUP), SINKS * CHUNK // GROUP
