@@ -48,6 +48,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--scan-pairs", type=int, default=0, help="rotary pairs in which tokens are scanned, 0: sketches")
     parser.add_argument("--settings", nargs="+", default=SETTINGS)
     parser.add_argument("--candidates", type=int, default=Config().candidates, help="room of a program for pages scored twice")
+    parser.add_argument("--votes", type=int, default=0, help="votes that keep a page open, counted too; 0: any request does")
+    parser.add_argument("--vote-share", type=float, default=0.1, help="share of the threshold that makes a vote")
     parser.add_argument("--interpret", action="store_true", help="in Pallas' interpreter, without times")
     parser.add_argument("--json", help="write the results here")
     options = parser.parse_args(argv)
@@ -62,7 +64,7 @@ def main(argv: list[str]) -> None:
     config = HGAConfig(scan_pairs=options.scan_pairs)
     pages = DeviceHistory.holding(keys, values, GROUP, options.tokens).pages
     operands = (pairs_of if options.scan_pairs else sketches_of)(query, keys, pages, config, options)
-    rule = Rule(CHUNK, GROUP, SINKS, LOCAL, head_dim**-0.5)
+    rule = Rule(CHUNK, GROUP, SINKS, LOCAL, head_dim**-0.5, votes=options.votes, vote_share=options.vote_share)
     results: list[dict[str, Any]] = []
     expected = None
     for name, kernels in settings.items():
@@ -129,11 +131,11 @@ def measure(
     kernels = Config(**{**vars(kernels), "candidates": options.candidates})
     common = {"threshold": threshold, "rule": rule, "config": kernels, "interpret": options.interpret}
     marking = jax.jit(lambda q, b, p, k, *few: mark(q, b, p, k, *few, **common))
-    settling = jax.jit(lambda q, b, k, mass, marks, *few: settle(q, b, k, mass, marks, *few, **common)[0])
+    settling = jax.jit(lambda q, b, k, mass, marks, *few: settle(q, b, k, mass, marks, *few, **common))
 
     def scan() -> tuple[jax.Array, jax.Array]:
         _, mass, marks = marking(query, bounds, pages, keys, *few)
-        return marks, settling(query, bounds, keys, mass, marks, *few)
+        return marks, settling(query, bounds, keys, mass, marks, *few)[0]
 
     blocks = tokens // CHUNK
     page, first = np.arange(tokens // GROUP), SINKS * CHUNK // GROUP
