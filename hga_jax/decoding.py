@@ -26,6 +26,7 @@ from pallas_kernels.limits import power_of_two
 from pallas_kernels.routed_decode_attention import Bank, FreshToken, Partial, merge, page_attention, plan_bank, window_attention
 from pallas_kernels.routed_decode_attention import Config as AttentionConfig
 from pallas_kernels.sketch_routing import PageList
+from pallas_kernels.votes import oldest_open
 
 MOST_HEADS = 31  # query heads a kv head: the paper policy's page masks are int32
 
@@ -68,7 +69,8 @@ def carried_pages(state: LayerState, position: Int[Array, ""], config: HGAConfig
     if state.stamps is None:
         return None
     own_chunk = position // config.chunk_size
-    return sketch_routing.carried_pages(state.stamps, own_chunk, capacity=_capacity(state, config), **how.sketch())
+    rules = {"capacity": _capacity(state, config), "votes": config.votes_to_keep}
+    return sketch_routing.carried_pages(state.stamps, own_chunk, **rules, **how.sketch())
 
 
 def _capacity(state: LayerState, config: HGAConfig) -> int:
@@ -164,7 +166,7 @@ def _attend_remembered(
     own_chunk = position // config.chunk_size
     before = state.carried or carried_pages(state, position, config, how)
     history, bank = state.history, getattr(state.history, "bank", None)
-    recent = own_chunk - 1
+    recent = oldest_open(own_chunk) if config.votes_to_keep else own_chunk - 1
     if isinstance(history, HostHistory) and bank is None:
         # Pages that are open anyway come over PCIe while the sketches are scanned.
         carried, _, _ = _attend_listed(query, before, None, history.pages, None, state.stamps, recent, scale, how)
@@ -198,7 +200,7 @@ def _route_sketch(
         columns, summaries.means, summaries.codes, summaries.scales, state.stamps, windows.stats, position // config.chunk_size,
         (position + 1) // config.chunk_size, sink_chunks=config.sink_chunks, local_chunks=config.local_chunks,
         group_size=config.group_size, threshold=config.threshold_for(query.shape[1]), capacity=_capacity(state, config), scale=scale,
-        **how.sketch(),
+        votes=config.votes_to_keep, vote_share=config.vote_share, **how.sketch(),
     )  # fmt: skip
 
 

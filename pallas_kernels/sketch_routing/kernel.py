@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from pallas_kernels.limits import check_offsets, power_of_two
 from pallas_kernels.sketch_routing.config import Config
+from pallas_kernels.votes import NEVER, is_open, stamp_of, votes_in
 
 INNER, OUTER = 849 / 512, 2832 / 512  # 0.4528 and 1.5104, the Lloyd-Max levels of a unit Gaussian, over LEVEL_UNIT
 LEVEL_UNIT = 0.4528 / INNER
@@ -250,10 +251,13 @@ def _select_kernel(
     *,
     pages_per_chunk: int,
     threshold: float,
+    votes: int,
+    vote_share: float,
     heads: int,
     config: Config,
 ):
     k, part = pl.program_id(0), pl.program_id(1)
+    never = NEVER if votes else -2
     pages, padded = scores_ref.shape[1], scores_ref.shape[2]
     parts = fresh_count_ref.shape[1]
     room_of_part = fresh_ref.shape[1] // parts
@@ -264,9 +268,12 @@ def _select_kernel(
 
     def load(i):
         page = (i * step + jnp.arange(step)) * parts + part
-        stamps = plgpu.load(stamps_ref.at[k, page], mask=page < end, other=-2)
+        stamps = plgpu.load(stamps_ref.at[k, page], mask=page < end, other=never)
         middle = (page < end) & (page >= first)
         return page, stamps, middle, plgpu.load(scores_ref.at[k, page[:, None], head[None, :]], mask=middle[:, None], other=-jnp.inf)
+
+    def kept(stamps, chunk):
+        return (is_open(stamps, chunk, votes) if votes else stamps >= chunk - 1).astype(jnp.int32)
 
     ahead = load(0)  # on its way while the softmax sums are put together
 
@@ -286,41 +293,53 @@ def _select_kernel(
     total = total_a * jnp.exp(peak_a - safe) + total_b * jnp.exp(peak_b - safe)
     unit = safe + jnp.log(jnp.where(total > 0, total, 1))  # exp(score - unit) is a page's share of the mass
     bound = jnp.where(head < heads, unit + math.log(threshold), jnp.inf)
+    vote_bound = bound + math.log(vote_share)
 
     def decide(loaded, carry):
         kept_before, fresh_before, seen_before, unopened = carry
         page, stamps, middle, scores = loaded
         wanted = jnp.max((scores >= bound[None, :]).astype(jnp.int32), axis=1) * middle.astype(jnp.int32)
-        seen = (stamps >= own - 1).astype(jnp.int32)
+        seen = kept(stamps, own)
         fresh = wanted * (1 - seen)
-        stays = seen * ((wanted > 0) | (stamps >= after - 1)).astype(jnp.int32)
-        running = jnp.cumsum(stays + (fresh << 16), axis=0)
-        fresh_rank = running >> 16
         room = jnp.maximum(room_of_part - seen_all - fresh_before, 0)
-        taken = fresh * (fresh_rank <= room).astype(jnp.int32)
-        visible = seen + taken
-        plgpu.store(stamps_out_ref.at[k, page], jnp.broadcast_to(own, (step,)), mask=(wanted * visible) > 0)
+        if votes:
+            fresh_rank = jnp.cumsum(fresh, axis=0)
+            taken = fresh * (fresh_rank <= room).astype(jnp.int32)
+            visible = seen + taken
+            cast = jnp.sum((scores >= vote_bound[None, :]).astype(jnp.int32), axis=1) * middle.astype(jnp.int32)
+            stamps = jnp.where(cast > 0, stamp_of(own, visible > 0, votes_in(stamps, own) + cast), stamps)
+            plgpu.store(stamps_out_ref.at[k, page], stamps, mask=cast > 0)
+            staying = kept(stamps, after) * (page < end).astype(jnp.int32)
+            carried_rank = jnp.cumsum(staying, axis=0)
+        else:
+            stays = seen * ((wanted > 0) | (stamps >= after - 1)).astype(jnp.int32)
+            running = jnp.cumsum(stays + (fresh << 16), axis=0)
+            fresh_rank = running >> 16
+            taken = fresh * (fresh_rank <= room).astype(jnp.int32)
+            visible, staying = seen + taken, stays + taken
+            carried_rank = (running & 0xFFFF) + jnp.minimum(fresh_rank, room)
+            plgpu.store(stamps_out_ref.at[k, page], jnp.broadcast_to(own, (step,)), mask=(wanted * visible) > 0)
         for ref, chosen, rank in (
             (fresh_ref, taken > 0, fresh_before + fresh_rank - 1),
-            (carried_ref, stays + taken > 0, kept_before + (running & 0xFFFF) + jnp.minimum(fresh_rank, room) - 1),
+            (carried_ref, staying > 0, kept_before + carried_rank - 1),
         ):
             put = chosen & (rank < room_of_part)
             plgpu.store(ref.at[k, jnp.where(put, part * room_of_part + rank, parts * room_of_part)], page, mask=put)
         unopened += jnp.sum(jnp.where((visible > 0)[:, None], 0.0, jnp.exp(scores - unit[None, :])), axis=0)
-        both = jnp.sum(stays + taken + (fresh << 16))
+        both = jnp.sum(staying + (fresh << 16))
         return kept_before + (both & 0xFFFF), fresh_before + (both >> 16), seen_before + jnp.sum(seen), unopened
 
     nothing = jnp.int32(0), jnp.int32(0), jnp.int32(0), jnp.zeros((padded,), jnp.float32)
     if pages <= step * parts:
-        seen_all = jnp.sum((ahead[1] >= own - 1).astype(jnp.int32))
-        kept, fresh, seen, unopened = decide(ahead, nothing)
+        seen_all = jnp.sum(kept(ahead[1], own))
+        staying, fresh, seen, unopened = decide(ahead, nothing)
     else:
         steps = (jnp.maximum(end, 1) + step * parts - 1) // (step * parts)
-        seen_all = lax.fori_loop(0, steps, lambda i, n: n + jnp.sum((load(i)[1] >= own - 1).astype(jnp.int32)), jnp.int32(0))
-        kept, fresh, seen, unopened = lax.fori_loop(1, steps, lambda i, c: decide(load(i), c), decide(ahead, nothing))
+        seen_all = lax.fori_loop(0, steps, lambda i, n: n + jnp.sum(kept(load(i)[1], own)), jnp.int32(0))
+        staying, fresh, seen, unopened = lax.fori_loop(1, steps, lambda i, c: decide(load(i), c), decide(ahead, nothing))
     taken = jnp.minimum(fresh, jnp.maximum(room_of_part - seen_all, 0))
     fresh_count_ref[k, part] = taken
-    carried_count_ref[k, part] = jnp.minimum(kept, room_of_part)
+    carried_count_ref[k, part] = jnp.minimum(staying, room_of_part)
     counts_ref[k, part, 0] = jnp.minimum(seen + taken, room_of_part)
     counts_ref[k, part, 1] = fresh - taken
     plgpu.store(unopened_ref.at[k, part, head], unopened, mask=head < heads)
@@ -337,13 +356,16 @@ def select(
     threshold: float,
     parts: int,
     room: int,
+    votes: int = 0,
+    vote_share: float = 1.0,
     config: Config,
     interpret: bool,
 ) -> tuple[Array, ...]:
     """Stamps with this token's requests (in place), the lists and figures of api.Pages."""
     kv_heads, pages, _ = scores.shape
     check_offsets(scores=scores)
-    kernel = partial(_select_kernel, pages_per_chunk=pages_per_chunk, threshold=threshold, heads=window.shape[3], config=config)
+    rules = {"pages_per_chunk": pages_per_chunk, "threshold": threshold, "votes": votes, "vote_share": vote_share}
+    kernel = partial(_select_kernel, **rules, heads=window.shape[3], config=config)
     shapes = [(pages,), (parts * room,), (parts,), (parts * room,), (parts,), (parts, 2)]
     return pl.pallas_call(
         kernel,
@@ -367,6 +389,7 @@ def _carried_kernel(
     carried_ref,  # [K, parts * M] i32 device, out
     count_ref,  # [K, parts] i32 device, out
     *,
+    votes: int,
     config: Config,
 ):
     k, part = pl.program_id(0), pl.program_id(1)
@@ -376,7 +399,8 @@ def _carried_kernel(
 
     def one(i, before):
         page = (i * step + jnp.arange(step)) * parts + part
-        seen = plgpu.load(stamps_ref.at[k, page], mask=page < pages, other=-2) >= own_ref[0] - 1
+        stamps = plgpu.load(stamps_ref.at[k, page], mask=page < pages, other=NEVER if votes else -2)
+        seen = is_open(stamps, own_ref[0], votes) if votes else stamps >= own_ref[0] - 1
         rank = before + jnp.cumsum(seen.astype(jnp.int32), axis=0) - 1
         put = seen & (rank < room)
         plgpu.store(carried_ref.at[k, jnp.where(put, part * room + rank, parts * room)], page, mask=put)
@@ -386,12 +410,12 @@ def _carried_kernel(
 
 
 def carried_pages(
-    stamps: Int[Array, "K P"], own_chunk: Int[Array, " 1"], *, parts: int, room: int, config: Config, interpret: bool
+    stamps: Int[Array, "K P"], own_chunk: Int[Array, " 1"], *, parts: int, room: int, votes: int, config: Config, interpret: bool
 ) -> tuple[Int[Array, "K M"], Int[Array, "K parts"]]:
     """The pages that earlier requests leave open for a token of `own_chunk`, and how many they are."""
     kv_heads = stamps.shape[0]
     return pl.pallas_call(
-        partial(_carried_kernel, config=config),
+        partial(_carried_kernel, votes=votes, config=config),
         grid=(kv_heads, parts),
         in_specs=[pl.no_block_spec] * 2,
         out_specs=[pl.no_block_spec] * 2,
