@@ -84,7 +84,7 @@ def route(
     spreads: pages that reach threshold * screen.margin of the mass of its windows are candidates from that query on to the end of the next
     chunk (of this call). Every screen.request_stride-th query asks for candidates it knows, by their sketched keys, against the mass of its
     own windows and, by means and spreads, of those candidates.
-    Nothing depends on a later query. Source: DESIGN section 2 of the project, measured in config.Screen.
+    Nothing depends on a later query. The rule is this project's (hga_jax/eval/README.md); what screening costs: config.Screen.
     """
     steps = _steps(implementation, config or Config(), interpret)
     bounds = jnp.stack([first_position, count]).astype(jnp.int32)
