@@ -166,7 +166,7 @@ def _attend_remembered(
     own_chunk = position // config.chunk_size
     before = state.carried or carried_pages(state, position, config, how)
     history, bank = state.history, getattr(state.history, "bank", None)
-    recent = oldest_open(own_chunk) if config.votes_to_keep else own_chunk - 1
+    recent = oldest_open(own_chunk, config.votes_to_keep)
     if isinstance(history, HostHistory) and bank is None:
         # Pages that are open anyway come over PCIe while the sketches are scanned.
         carried, _, _ = _attend_listed(query, before, None, history.pages, None, state.stamps, recent, scale, how)
