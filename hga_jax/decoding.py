@@ -193,9 +193,9 @@ def _route_sketch(
     how: How,
 ) -> sketch_routing.Pages:
     summaries = state.summaries
-    columns = sketch_routing.query_columns(query, jnp.asarray(built_in_rotation(query.shape[2])), **how.plain())
+    rotation = jnp.asarray(built_in_rotation(query.shape[2]))
     return sketch_routing.sketch_routing(
-        columns, summaries.means, summaries.codes, summaries.scales, state.stamps, windows.stats, position // config.chunk_size,
+        query, rotation, summaries.means, summaries.codes, summaries.scales, state.stamps, windows.stats, position // config.chunk_size,
         (position + 1) // config.chunk_size, sink_chunks=config.sink_chunks, local_chunks=config.local_chunks,
         group_size=config.group_size, threshold=config.threshold_for(query.shape[1]), capacity=_capacity(state, config), scale=scale,
         **how.sketch(),

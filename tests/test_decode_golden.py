@@ -47,12 +47,11 @@ def test_every_token_sees_the_golden_keys(run):
         valid = jnp.where(used, jnp.clip(token + 1 - page * group, 0, group), 0)
         window = store[:, jnp.clip(page, 0, store.shape[1] - 1)]
         part, _ = decode.window_attention(query, window, valid, scale=scale, config=attention, **how)
-        columns = sketch.query_columns(query, jnp.asarray(rotation), **how)
         carried = sketch.carried_pages(stamps, own, capacity=128, config=routing, **how)
         old, _ = decode.page_attention(query, *carried, store, scale=scale, parts=carried.count.shape[1], config=attention, **how)
         pages = sketch.sketch_routing(
-            columns, means, codes, scales, stamps, part.stats, own, (token + 1) // chunk, sink_chunks=sinks, local_chunks=local,
-            group_size=group, threshold=meta["threshold"], capacity=128, scale=scale, config=routing, **how,
+            query, jnp.asarray(rotation), means, codes, scales, stamps, part.stats, own, (token + 1) // chunk, sink_chunks=sinks,
+            local_chunks=local, group_size=group, threshold=meta["threshold"], capacity=128, scale=scale, config=routing, **how,
         )  # fmt: skip
         new, _ = decode.page_attention(query, *pages.fresh, store, scale=scale, parts=carried.count.shape[1], config=attention, **how)
         out = decode.merge([part, old, new], jnp.float32, config=attention, **how).out

@@ -10,8 +10,9 @@ from pallas_kernels.sketch_routing import (
     append_sketch,
     carried_pages,
     list_shape,
+    middle_of,
     pack_codes,
-    query_columns,
+    prepare,
     sketch_chunks,
     sketch_routing,
     unpack_codes,
@@ -57,13 +58,12 @@ def check(run, query, rotation, means, codes, scales, stamps, window, window_sco
     data_stamps = np.asarray(stamps)
     rotated = (query.astype(np.float64) @ rotation).astype(np.float32)
     how = settings(run, **(config or {}))
-    plain = {"implementation": how["implementation"], "interpret": how.get("interpret", False)}
 
     @jax.jit
     def route(query, rotation, stamps, *arrays):
         before = carried_pages(stamps, jnp.int32(own), capacity=rules["capacity"], **how)
-        columns = query_columns(query, rotation, **plain)
-        return before, sketch_routing(columns, *arrays[:3], stamps, arrays[3], jnp.int32(own), jnp.int32(own + closes), **rules, **how)
+        now = jnp.int32(own), jnp.int32(own + closes)
+        return before, sketch_routing(query, rotation, *arrays[:3], stamps, arrays[3], *now, **rules, **how)
 
     before, out = route(query, rotation, stamps, means, codes, scales, window)
     parts, room = list_shape(data_stamps.shape[1], rules["capacity"])
@@ -139,17 +139,21 @@ def test_a_tiny_threshold_opens_everything(run):
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_query_columns_are_exact_halves(run):
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_the_scan_is_given_exact_halves_and_chunk_scores(run, dtype):
     how, rng = settings(run), np.random.default_rng(2)
     rotation = np.linalg.qr(rng.standard_normal((80, 80)))[0].astype(np.float32)
-    query = jnp.asarray(rng.standard_normal((2, 3, 80)), jnp.bfloat16)
-    columns = query_columns(query, jnp.asarray(rotation), implementation=how["implementation"], interpret=how.get("interpret", False))
+    query, means = jnp.asarray(rng.standard_normal((2, 3, 80)), dtype), jnp.asarray(rng.standard_normal((2, 70, 80)), dtype)
+    middle = middle_of(jnp.int32(69), jnp.int32(69), 2, 3)
+    plain = {"implementation": how["implementation"], "interpret": how.get("interpret", False)}
+    prepared = prepare(query, jnp.asarray(rotation), means, middle, **plain)
     exact = np.asarray(query, np.float64)
-    for found, expected, bits in ((columns.direct, exact, 16), (columns.rotated, exact @ rotation, 19)):
-        high, low = np.split(np.asarray(found, np.float64), 2, axis=-1)
-        np.testing.assert_allclose((high + low)[..., :3].swapaxes(1, 2), expected, atol=8 * 2.0**-bits)
-        assert not high[..., 3:].any()
-        assert not low[..., 3:].any()
+    high, low = np.split(np.asarray(prepared.rotated, np.float64), 2, axis=1)
+    np.testing.assert_allclose((high + low)[:, :3], exact @ rotation, atol=8 * 2.0**-19)
+    assert not high[:, 3:].any()
+    assert not low[:, 3:].any()
+    expected = np.asarray(means, np.float64) @ exact.swapaxes(1, 2)
+    np.testing.assert_allclose(prepared.chunk_scores[:, 2:66, :3], expected[:, 2:66], atol=2e-5)
 
 
 def test_packing_is_what_the_docstring_says_and_inverts():
@@ -177,7 +181,7 @@ def test_sizes_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match="codes of shape"):
         jax.eval_shape(
             lambda codes, means: sketch_routing(
-                query_columns(jnp.zeros((4, 2, 128)), jnp.eye(128)), means, codes, jnp.zeros((4, 2**24)), jnp.zeros((4, 2**20), jnp.int32),
+                jnp.zeros((4, 2, 128)), jnp.eye(128), means, codes, jnp.zeros((4, 2**24)), jnp.zeros((4, 2**20), jnp.int32),
                 jnp.zeros((4, 1, 2, 2)), jnp.int32(5), jnp.int32(5), sink_chunks=1, local_chunks=1, group_size=16, threshold=0.1,
                 capacity=8, scale=1.0, implementation="pallas", interpret=True,
             ),
