@@ -25,6 +25,7 @@ from pallas_kernels import paper_routing, sketch_routing
 from pallas_kernels.limits import power_of_two
 from pallas_kernels.routed_decode_attention import Bank, FreshToken, Partial, merge, page_attention, plan_bank, window_attention
 from pallas_kernels.routed_decode_attention import Config as AttentionConfig
+from pallas_kernels.sketch_decode import scan_beside_windows
 from pallas_kernels.sketch_routing import PageList
 
 MOST_HEADS = 31  # query heads a kv head: the paper policy's page masks are int32
@@ -43,7 +44,7 @@ class How:
 
     def attention(self) -> dict[str, Any]:
         """Arguments of the operations of routed_decode_attention."""
-        return self.plain() | ({"config": AttentionConfig(splits=2, window_splits=2)} if self.interpret else {})
+        return self.plain() | ({"config": AttentionConfig(splits=2, window_splits=2, beside_splits=2)} if self.interpret else {})
 
     def sketch(self) -> dict[str, Any]:
         """Arguments of the operations of sketch_routing."""
@@ -90,35 +91,29 @@ def decode_token(
     Windows, carried pages and routing do not wait for each other: the compiler may run them side by side (see programs.decode_tokens), so
     that pages come over PCIe while the sketches are scanned.
     """
-    grouped, windows, state = _attend_windows(query, key, value, state, position, config, scale, how)
+    query, shape = query.reshape(key.shape[0], -1, key.shape[1]), query.shape
     attend = _attend_requested if config.policy == "paper" else _attend_remembered
-    out, state, tally = attend(grouped, windows, state, position, config, scale, how)
-    return out.reshape(query.shape), state, _stats(tally, window_places(position, config), position, config)
+    out, state, tally = attend(query, FreshToken(key, value, _place(position, config)), state, position, config, scale, how)
+    return out.reshape(shape), state, _stats(tally, window_places(position, config), position, config)
 
 
-def _attend_windows(
-    query: Float[Array, "N H"],
-    key: Float[Array, "K H"],
-    value: Float[Array, "K H"],
-    state: LayerState,
-    position: Int[Array, ""],
-    config: HGAConfig,
-    scale: float,
-    how: How,
-) -> tuple[Float[Array, "K G H"], Partial, LayerState]:
-    """Sinks, local window and own chunk, the token's own key and value among them and now in the history: (query by kv head, partial
-    result, state)."""
-    query = query.reshape(key.shape[0], -1, key.shape[1])
+def _place(position: Int[Array, ""], config: HGAConfig) -> Int[Array, " 2"]:
+    """Of the newest token: its page's place in the windows, its row in the page."""
+    return jnp.stack([window_places(position, config).open_place, position % config.group_size])
+
+
+def _windows_of(state: LayerState, position: Int[Array, ""], config: HGAConfig) -> dict[str, Any]:
+    """Sinks, local window and own chunk of a token, as window_attention wants them."""
     places, history = window_places(position, config), state.history
-    fresh = FreshToken(key, value, jnp.stack([places.open_place, position % config.group_size]))
-    settings = how.attention() | {"scale": scale, "fresh": fresh}
     if isinstance(history, HostHistory):
-        windows = window_attention(query, history.window, places.valid, **settings)
-        history = replace(history, window=windows.window)
-    else:
-        windows = window_attention(query, history.pages, places.valid, pages=places.pages, **settings)
-        history = replace(history, pages=windows.window)
-    return query, windows.partial, replace(state, history=history)
+        return {"window": history.window, "valid": places.valid, "pages": None}
+    return {"window": history.pages, "valid": places.valid, "pages": places.pages}
+
+
+def _with_windows(state: LayerState, window: Float[Array, "K W 2 g H"]) -> LayerState:
+    """With the array that `_windows_of` named changed: the newest token is in it."""
+    history = state.history
+    return replace(state, history=replace(history, **{"window" if isinstance(history, HostHistory) else "pages": window}))
 
 
 class Tally(NamedTuple):
@@ -132,13 +127,15 @@ class Tally(NamedTuple):
 
 
 def _attend_requested(
-    query: Float[Array, "K G H"], windows: Partial, state: LayerState, position: Array, config: HGAConfig, scale: float, how: How
+    query: Float[Array, "K G H"], fresh: FreshToken, state: LayerState, position: Array, config: HGAConfig, scale: float, how: How
 ) -> tuple[Float[Array, "K G H"], LayerState, Tally]:
     """Paper policy: each head's own pages, nothing remembered."""
-    settings = how.attention()
+    settings = how.attention() | {"scale": scale}
+    windows = window_attention(query, **_windows_of(state, position, config), fresh=fresh, **settings)
+    state = _with_windows(state, windows.window)
     found = _route_paper(query, state, position, config, how)
-    routed, _ = page_attention(query, found.ids, found.counts, state.history.pages, scale=scale, heads=found.heads, **settings)
-    out = merge([windows, routed], query.dtype, **settings).out
+    routed, _ = page_attention(query, found.ids, found.counts, state.history.pages, heads=found.heads, **settings)
+    out = merge([windows.partial, routed], query.dtype, **how.attention()).out
     return out, replace(state, marks=found.marks), _paper_tally(found, query)
 
 
@@ -158,48 +155,46 @@ def _paper_tally(found: Any, query: Float[Array, "K G H"]) -> Tally:
 
 
 def _attend_remembered(
-    query: Float[Array, "K G H"], windows: Partial, state: LayerState, position: Array, config: HGAConfig, scale: float, how: How
+    query: Float[Array, "K G H"], fresh: FreshToken, state: LayerState, position: Array, config: HGAConfig, scale: float, how: How
 ) -> tuple[Float[Array, "K G H"], LayerState, Tally]:
     """Sketch policy: pages that stay open from earlier requests, then those that this token opens."""
     own_chunk = position // config.chunk_size
     before = state.carried or carried_pages(state, position, config, how)
-    history, bank = state.history, getattr(state.history, "bank", None)
-    recent = own_chunk - 1
-    if isinstance(history, HostHistory) and bank is None:
-        # Pages that are open anyway come over PCIe while the sketches are scanned.
-        carried, _, _ = _attend_listed(query, before, None, history.pages, None, state.stamps, recent, scale, how)
-        found = _route_sketch(query, windows, state, position, config, scale, how)
-        fresh, _, _ = _attend_listed(query, found.fresh, None, history.pages, None, found.stamps, recent, scale, how)
-        partials, hits = [windows, carried, fresh], None
+    recent, fetched = own_chunk - 1, isinstance(state.history, HostHistory) and state.history.bank is None
+    if fetched:  # pages that are open anyway come over PCIe while the sketches are scanned
+        carried, _, _ = _attend_listed(query, before, None, state.history.pages, None, state.stamps, recent, scale, how)
+    windows, state, found = _route_sketch(query, fresh, state, position, config, scale, how)
+    history, bank, hits = state.history, getattr(state.history, "bank", None), None
+    if fetched:
+        opened, _, _ = _attend_listed(query, found.fresh, None, history.pages, None, found.stamps, recent, scale, how)
+        partials = [windows, carried, opened]
     else:
         # Pages on the device do not need the head start: both lists in one launch take as long (45 us a layer either way on an H100).
-        found = _route_sketch(query, windows, state, position, config, scale, how)
         visible, bank, hits = _attend_listed(query, before, found.fresh, history.pages, bank, found.stamps, recent, scale, how)
         partials = [windows, visible]
     merged = merge(partials, query.dtype, hand_over=tuple(zip(found.carried, before, strict=True)), **how.attention())
     history = history if bank is None else replace(history, bank=bank)
     after = PageList(*merged.targets) if state.carried is not None else None
     tally = Tally(found.counts, found.counts[..., 0].sum() / query.shape[0], found.unopened, hits)
-    return merged.out, replace(state, history=history, stamps=found.stamps, carried=after), tally
+    return merged.out, replace(state, history=history, carried=after), tally
 
 
 def _route_sketch(
-    query: Float[Array, "K G H"],
-    windows: Partial,
-    state: LayerState,
-    position: Array,
-    config: HGAConfig,
-    scale: float,
-    how: How,
-) -> sketch_routing.Pages:
-    summaries = state.summaries
-    rotation = jnp.asarray(built_in_rotation(query.shape[2]))
-    return sketch_routing.sketch_routing(
-        query, rotation, summaries.means, summaries.codes, summaries.scales, state.stamps, windows.stats, position // config.chunk_size,
-        (position + 1) // config.chunk_size, sink_chunks=config.sink_chunks, local_chunks=config.local_chunks,
-        group_size=config.group_size, threshold=config.threshold_for(query.shape[1]), capacity=_capacity(state, config), scale=scale,
-        **how.sketch(),
+    query: Float[Array, "K G H"], fresh: FreshToken, state: LayerState, position: Array, config: HGAConfig, scale: float, how: How
+) -> tuple[Partial, LayerState, sketch_routing.Pages]:
+    """The windows attended to, the newest token in them, and what it asks for: (partial result, state with both, pages)."""
+    summaries, own_chunk = state.summaries, position // config.chunk_size
+    middle = sketch_routing.middle_of(own_chunk, (position + 1) // config.chunk_size, config.sink_chunks, config.local_chunks)
+    prepared = sketch_routing.prepare(query, jnp.asarray(built_in_rotation(query.shape[2])), summaries.means, middle, **how.plain())
+    scores, windows = scan_beside_windows(
+        query, prepared, summaries.codes, summaries.scales, middle, **_windows_of(state, position, config), fresh=fresh, scale=scale,
+        scan_config=how.sketch().get("config"), **how.attention(),
     )  # fmt: skip
+    found = sketch_routing.select(
+        scores, windows.partial.stats, state.stamps, middle, pages_per_chunk=config.groups_per_chunk,
+        threshold=config.threshold_for(query.shape[1]), capacity=_capacity(state, config), **how.sketch(),
+    )  # fmt: skip
+    return windows.partial, replace(_with_windows(state, windows.window), stamps=found.stamps), found
 
 
 def _attend_listed(
@@ -276,15 +271,17 @@ def open_token(
     how: How,
 ) -> tuple[Awaited, LayerState]:
     """The first half of `decode_token`, for a history whose pages somebody has to bring first."""
-    query, windows, state = _attend_windows(query, key, value, state, position, config, scale, how)
+    query, fresh = query.reshape(key.shape[0], -1, key.shape[1]), FreshToken(key, value, _place(position, config))
     if config.policy == "paper":
+        windows = window_attention(query, **_windows_of(state, position, config), fresh=fresh, scale=scale, **how.attention())
         found = _route_paper(query, state, position, config, how)
-        awaited = Awaited(query, windows, (PageList(found.ids, found.counts[:, :1]),), found.heads, _paper_tally(found, query))
-        return awaited, replace(state, marks=found.marks)
+        listed = PageList(found.ids, found.counts[:, :1])
+        awaited = Awaited(query, windows.partial, (listed,), found.heads, _paper_tally(found, query))
+        return awaited, replace(_with_windows(state, windows.window), marks=found.marks)
     before = carried_pages(state, position, config, how)
-    found = _route_sketch(query, windows, state, position, config, scale, how)
+    windows, state, found = _route_sketch(query, fresh, state, position, config, scale, how)
     tally = Tally(found.counts, found.counts[..., 0].sum() / query.shape[0], found.unopened)
-    return Awaited(query, windows, (before, found.fresh), None, tally), replace(state, stamps=found.stamps)
+    return Awaited(query, windows, (before, found.fresh), None, tally), state
 
 
 def finish_token(

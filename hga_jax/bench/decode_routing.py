@@ -1,8 +1,8 @@
-"""Decode routing, one layer, under several settings of its kernels: sketches scanned, pages selected. Random sketches and queries.
+"""Decode routing, one layer, under several settings of its kernels: sketches scanned, windows attended to beside, pages selected.
 
-A setting is CHUNKSxPROGRAMSxWARPSxSTAGES: chunks of sketches a scanning program works on at a time, such programs a kv head, their warps,
-stages of their loop (sketch_routing.Config). Printed: microseconds of each launch, the bytes that the scan reads a second, and whether the
-pages are those of the first setting.
+A setting is CHUNKSxPROGRAMSxWARPSxSTAGESxSPLITS: chunks of sketches a scanning program works on at a time, such programs a kv head, their
+warps, stages of their loop (sketch_routing.Config), programs for the windows. Sketches, queries and windows are random. Printed:
+microseconds of each launch, the bytes of sketches that are read a second, and whether the pages are those of the first setting.
 """
 
 from __future__ import annotations
@@ -15,24 +15,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hga_jax.bench.decode import CHUNK, GROUP, LOCAL, SHAPES, SINKS, environment, kernel_times
+from hga_jax.bench.decode import CHUNK, GROUP, LOCAL, SHAPES, SINKS, WINDOW_PAGES, environment, kernel_times
 from hga_jax.sketches import built_in_rotation
-from pallas_kernels.sketch_routing import Config, sketch_routing
+from pallas_kernels.routed_decode_attention import Config as AttentionConfig
+from pallas_kernels.sketch_decode import scan_beside_windows
+from pallas_kernels.sketch_routing import Config, middle_of, prepare, select
 
 SETTINGS = (
-    "4x128x4x3", "4x128x4x2", "4x128x4x1", "4x64x4x3", "4x64x4x4", "4x256x4x1", "2x128x4x3", "2x128x4x4", "2x256x4x3", "4x64x8x3",
-    "4x128x8x2", "8x64x8x3", "2x256x2x3", "8x128x8x1",
+    "4x128x4x3x8", "4x128x4x2x8", "4x128x4x1x8", "4x64x4x3x8", "4x64x4x4x8", "4x64x4x1x8", "2x128x4x3x8", "2x128x4x3x4", "2x128x4x4x4",
+    "2x128x4x1x4", "2x64x4x4x8", "2x256x4x3x8", "4x64x8x3x2", "4x64x8x3x8", "4x64x8x1x2", "8x64x8x3x2", "8x64x8x1x2", "2x256x2x3x8",
 )  # fmt: skip
 LAYERS = 6  # sketches of so many layers in turn, so that none is still in the cache
 
 
-def parse(setting: str, **fixed: Any) -> Config:
+def parse(setting: str, **fixed: Any) -> tuple[Config, AttentionConfig]:
     """Raises ValueError."""
     try:
-        chunks, programs, warps, stages = (int(n) for n in setting.split("x"))
-        return Config(block_chunks=chunks, scan_programs=programs, scan_warps=warps, scan_stages=stages, **fixed)
+        chunks, programs, warps, stages, splits = (int(n) for n in setting.split("x"))
+        scan = Config(block_chunks=chunks, scan_programs=programs, scan_warps=warps, scan_stages=stages, **fixed)
+        return scan, AttentionConfig(beside_splits=splits)
     except ValueError as error:
-        raise ValueError(f"setting {setting!r}: {error}; write CHUNKSxPROGRAMSxWARPSxSTAGES") from None
+        raise ValueError(f"setting {setting!r}: {error}; write CHUNKSxPROGRAMSxWARPSxSTAGESxSPLITS") from None
 
 
 def main(argv: list[str]) -> None:
@@ -53,9 +56,11 @@ def main(argv: list[str]) -> None:
     heads, kv_heads, head_dim = SHAPES[options.shape][1:]
     ratio, chunks = heads // kv_heads, options.tokens // CHUNK
     own = jnp.int32(chunks)  # an open chunk after those of the history
-    query = jax.random.normal(jax.random.key(0), (kv_heads, ratio, head_dim))
+    query = jax.random.normal(jax.random.key(0), (kv_heads, ratio, head_dim)).astype(jnp.bfloat16)
     rotation = jnp.asarray(built_in_rotation(head_dim))
-    window = jnp.stack([jnp.zeros((kv_heads, 1, ratio)), jnp.full((kv_heads, 1, ratio), (SINKS + LOCAL) * CHUNK * 4.0)], axis=2)
+    middle = middle_of(own, own, SINKS, LOCAL)
+    window = jax.random.normal(jax.random.key(1), (kv_heads, WINDOW_PAGES, 2, GROUP, head_dim)).astype(jnp.bfloat16)
+    valid = jnp.full(WINDOW_PAGES, GROUP, jnp.int32)
     stamps = jnp.full((kv_heads, options.tokens // GROUP), -2, jnp.int32)
 
     def sketches(layer: int) -> tuple[jax.Array, ...]:
@@ -70,15 +75,17 @@ def main(argv: list[str]) -> None:
     expected = None
     for name, config in settings.items():
 
-        def run(query: jax.Array, layers: list, config: Config = config) -> list:
+        def run(query: jax.Array, layers: list, config: tuple[Config, AttentionConfig] = config) -> list:
             how = {"implementation": "pallas", "interpret": options.interpret}
-            rules = {"sink_chunks": SINKS, "local_chunks": LOCAL, "group_size": GROUP, "threshold": 0.001 * ratio, "capacity": 1024}
-            return [
-                sketch_routing(
-                    query, rotation, *layer, stamps, window, own, own, scale=head_dim**-0.5, config=config, **rules, **how
-                ).stamps
-                for layer in layers
-            ]
+            rules = {"pages_per_chunk": CHUNK // GROUP, "threshold": 0.001 * ratio, "capacity": 1024}
+            found = []
+            for means, *sketch in layers:
+                prepared = prepare(query, rotation, means, middle, **how)
+                scores, (windows, _) = scan_beside_windows(
+                    query, prepared, *sketch, middle, window, valid, scale=head_dim**-0.5, scan_config=config[0], config=config[1], **how
+                )
+                found.append(select(scores, windows.stats, stamps, middle, config=config[0], **rules, **how).stamps)
+            return found
 
         try:
             program = jax.jit(run)
@@ -93,12 +100,12 @@ def main(argv: list[str]) -> None:
             "opened": int((pages[0] >= 0).sum()),
             "same_pages": all(np.array_equal(a, b) for a, b in zip(pages, expected, strict=True)),
         }
-        for kernel in ("sketch_prepare", "sketch_scan", "sketch_select"):
+        for kernel in ("sketch_prepare", "scan_beside_windows", "sketch_select"):
             result[f"{kernel}_us"] = next((us for found, (_, us) in times.items() if kernel in found), 0.0)
-        rate = scanned / result["sketch_scan_us"] / 1e3 if times else 0.0
+        rate = scanned / result["scan_beside_windows_us"] / 1e3 if times else 0.0
         results.append(result | {"scan_gigabytes_per_second": rate})
         print(
-            f"{name:10s} prepare {result['sketch_prepare_us']:6.2f}, scan {result['sketch_scan_us']:6.2f} us ({rate:.0f} GB/s), "
+            f"{name:10s} prepare {result['sketch_prepare_us']:6.2f}, scan {result['scan_beside_windows_us']:6.2f} us ({rate:.0f} GB/s), "
             f"select {result['sketch_select_us']:6.2f}; {result['opened']} pages, {'the same' if result['same_pages'] else 'OTHERS'}",
             flush=True,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -61,33 +62,35 @@ def _write_partial(acc_ref, stats_ref, k, split, carry):
     plgpu.store(stats_ref.at[k, split, 1, row], total, mask=row < heads)
 
 
-def _window_kernel(
-    query_ref,  # [K, G, H] device
-    window_ref,  # [K, W or P, 2, g, H] device
-    valid_ref,  # [W] i32 device: tokens of each window page that count (the first ones)
-    *refs,  # where they apply: pages [W] i32 (page of the array at each place of the window); with a fresh token key, value [K, H] and
-    # place [2] i32 (its place in the window, its row in the page); all device.
-    # Then out, device: acc [K, splits, G, H] f32, stats [K, splits, 2, G] f32 (, the window array again, in place)
+def window_program(
+    k,  # kv head
+    split,  # of so many splits of this kv head's windows
+    splits: int,
+    tile_pages: int,
+    refs,  # query [K, G, H], window [K, W or P, 2, g, H], valid [W] i32 (tokens of each window page that count, the first ones), then where
+    # they apply: pages [W] i32 (page of the array at each place of the window); with a fresh token key, value [K, H] and place [2] i32 (its
+    # place in the window, its row in the page); then out: acc [K, splits, G, H] f32, stats [K, splits, 2, G] f32 (, the window array again,
+    # in place); all device
+    *,
     scale: float,
     listed: bool,
     fresh: bool,
-    config: Config,
 ):
-    refs = list(refs)
+    """Tiles split, split + splits, ... of the windows: the body of a program that attends to them, for the launches that do."""
+    query_ref, window_ref, valid_ref, *refs = refs
     pages_ref = refs.pop(0) if listed else None
     key_ref, value_ref, place_ref = (refs.pop(0) for _ in range(3)) if fresh else (None, None, None)
     acc_ref, stats_ref = refs.pop(0), refs.pop(0)
     window_out_ref = refs.pop(0) if fresh else None
-    k, split = pl.program_id(0), pl.program_id(1)
     places, held_pages, group_size, head_dim = valid_ref.shape[0], window_ref.shape[1], window_ref.shape[3], window_ref.shape[4]
     query = _load_query(query_ref, k, scale)
-    row = jnp.arange(config.window_tile_pages * group_size)
+    row = jnp.arange(tile_pages * group_size)
     dim = jnp.arange(query.shape[1])
     inside = (dim < head_dim)[None, :]
-    tiles = -(-places // config.window_tile_pages)
+    tiles = -(-places // tile_pages)
 
     def step(i, carry):
-        place = (split + i * config.window_splits) * config.window_tile_pages + row // group_size
+        place = (split + i * splits) * tile_pages + row // group_size
         held = plgpu.load(valid_ref.at[place], mask=place < places, other=0)
         live = row % group_size < held
         page = plgpu.load(pages_ref.at[place], mask=live, other=0) if listed else place
@@ -105,38 +108,53 @@ def _window_kernel(
                 plgpu.store(window_out_ref.at[k, there[0], part, *there[1:]], tile[part], mask=new[:, None] & inside)
         return _add(carry, query, *tile, live[None, :])
 
-    turns = (tiles - split + config.window_splits - 1) // config.window_splits
+    turns = (tiles - split + splits - 1) // splits
     _write_partial(acc_ref, stats_ref, k, split, lax.fori_loop(0, turns, step, _empty(*query.shape)))
 
 
-def window_attention(query, window, valid, pages, fresh, *, scale: float, config: Config, interpret: bool):
-    """Partial attention over window pages; with `fresh` (key, value, place) also the window array with the token in it."""
+def _window_kernel(*refs, config: Config, **rules):
+    window_program(pl.program_id(0), pl.program_id(1), config.window_splits, config.window_tile_pages, refs, **rules)
+
+
+class WindowJob(NamedTuple):
+    """A launch's part that attends to windows. rules: of `window_program`. arrays: its inputs, shapes: its outputs; aliases: array number
+    -> output number of what is updated in place."""
+
+    rules: dict[str, Any]
+    arrays: list[Array]
+    shapes: list[jax.ShapeDtypeStruct]
+    aliases: dict[int, int]
+
+
+def window_job(query, window, valid, pages, fresh, splits: int) -> WindowJob:
+    """Arguments as `window_attention` has them."""
     kv_heads, heads, head_dim = query.shape
     check_offsets(window=window)
     if not power_of_two(window.shape[3]):
         raise NotImplementedError(f"group_size={window.shape[3]} must be a power of two in the kernel: use implementation='xla'")
-    shapes = [(kv_heads, config.window_splits, heads, head_dim), (kv_heads, config.window_splits, 2, heads)]
+    shapes = [(kv_heads, splits, heads, head_dim), (kv_heads, splits, 2, heads)]
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    arrays = [query, window, valid]
-    if pages is not None:
-        arrays.append(pages)
-    if fresh is not None:
-        arrays += fresh
-    aliases = {}
+    arrays, aliases = [query, window, valid, *([] if pages is None else [pages]), *(fresh or ())], {}
     if fresh is not None:
         aliases = {1: len(shapes)}
         shapes.append(jax.ShapeDtypeStruct(window.shape, window.dtype))
+    return WindowJob({"listed": pages is not None, "fresh": fresh is not None}, arrays, shapes, aliases)
+
+
+def window_attention(query, window, valid, pages, fresh, *, scale: float, config: Config, interpret: bool):
+    """Partial attention over window pages; with `fresh` (key, value, place) also the window array with the token in it."""
+    job = window_job(query, window, valid, pages, fresh, config.window_splits)
     return pl.pallas_call(
-        partial(_window_kernel, scale=scale, listed=pages is not None, fresh=fresh is not None, config=config),
-        grid=(kv_heads, config.window_splits),
-        in_specs=[pl.no_block_spec] * len(arrays),
-        out_specs=[pl.no_block_spec] * len(shapes),
-        out_shape=shapes,
-        input_output_aliases=aliases,
+        partial(_window_kernel, scale=scale, config=config, **job.rules),
+        grid=(query.shape[0], config.window_splits),
+        in_specs=[pl.no_block_spec] * len(job.arrays),
+        out_specs=[pl.no_block_spec] * len(job.shapes),
+        out_shape=job.shapes,
+        input_output_aliases=job.aliases,
         compiler_params=plgpu.CompilerParams(num_warps=config.window_warps, num_stages=1),
         interpret=interpret,
         name="window_attention",
-    )(*arrays)
+    )(*job.arrays)
 
 
 def _page_kernel(

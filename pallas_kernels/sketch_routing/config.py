@@ -16,7 +16,7 @@ class Config:
     program looks at in one step, and its warps.
     """
 
-    block_chunks: int = 4
+    block_chunks: int = 2
     scan_programs: int = 128
     scan_warps: int = 4
     scan_stages: int = 3
