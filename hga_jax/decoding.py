@@ -23,9 +23,9 @@ from hga_jax.sketches import built_in_rotation
 from hga_jax.summaries import write
 from pallas_kernels import paper_routing, sketch_routing
 from pallas_kernels.limits import power_of_two
-from pallas_kernels.routed_decode_attention import Bank, FreshToken, Partial, merge, page_attention, plan_bank, window_attention
 from pallas_kernels.routed_decode_attention import Config as AttentionConfig
-from pallas_kernels.sketch_decode import scan_beside_windows
+from pallas_kernels.routed_decode_attention import FreshToken, Partial, merge, page_attention, window_attention
+from pallas_kernels.sketch_decode import Scanned, attend_selected, scan_beside_windows
 from pallas_kernels.sketch_routing import PageList
 
 MOST_HEADS = 31  # query heads a kv head: the paper policy's page masks are int32
@@ -64,10 +64,13 @@ def cannot_decode(config: HGAConfig, heads: int, kv_heads: int, capacity: int, h
     return None
 
 
-def carried_pages(state: LayerState, position: Int[Array, ""], config: HGAConfig, how: How) -> PageList | None:
-    """The pages open to the token at `position` whatever it asks for; None for policies that remember nothing."""
-    if state.stamps is None:
-        return None
+def early_pages(state: LayerState, position: Int[Array, ""], config: HGAConfig, how: How) -> PageList | None:
+    """The list that a loop over tokens carries from one to the next: pages fetched before routing. None where nothing is."""
+    return carried_pages(state, position, config, how) if state.stamps is not None and _comes_early(state) else None
+
+
+def carried_pages(state: LayerState, position: Int[Array, ""], config: HGAConfig, how: How) -> PageList:
+    """The pages open to the token at `position` whatever it asks for."""
     own_chunk = position // config.chunk_size
     return sketch_routing.carried_pages(state.stamps, own_chunk, capacity=_capacity(state, config), **how.sketch())
 
@@ -118,12 +121,12 @@ def _with_windows(state: LayerState, window: Float[Array, "K W 2 g H"]) -> Layer
 
 class Tally(NamedTuple):
     """What a token did, for the statistics. counts: pages visible and requests refused, by kv head and perhaps part. seen: visible pages of
-    an average head. unopened: sums to the unopened mass of each head. hits: pages found in the bank where there is one."""
+    an average head. unopened: sums to the unopened mass of each head. hits: pages found in the bank where there is one, by part."""
 
     counts: Int[Array, "*parts 2"]
     seen: Float[Array, ""]
     unopened: Float[Array, "K parts G"] | None = None
-    hits: Int[Array, " K"] | None = None
+    hits: Int[Array, "K parts"] | None = None
 
 
 def _attend_requested(
@@ -134,7 +137,7 @@ def _attend_requested(
     windows = window_attention(query, **_windows_of(state, position, config), fresh=fresh, **settings)
     state = _with_windows(state, windows.window)
     found = _route_paper(query, state, position, config, how)
-    routed, _ = page_attention(query, found.ids, found.counts, state.history.pages, heads=found.heads, **settings)
+    routed = page_attention(query, found.ids, found.counts, state.history.pages, heads=found.heads, **settings)
     out = merge([windows.partial, routed], query.dtype, **how.attention()).out
     return out, replace(state, marks=found.marks), _paper_tally(found, query)
 
@@ -157,64 +160,81 @@ def _paper_tally(found: Any, query: Float[Array, "K G H"]) -> Tally:
 def _attend_remembered(
     query: Float[Array, "K G H"], fresh: FreshToken, state: LayerState, position: Array, config: HGAConfig, scale: float, how: How
 ) -> tuple[Float[Array, "K G H"], LayerState, Tally]:
-    """Sketch policy: pages that stay open from earlier requests, then those that this token opens."""
-    own_chunk = position // config.chunk_size
+    """Sketch policy: pages that stay open from earlier requests, and those that this token opens."""
+    if _comes_early(state):
+        return _attend_early(query, fresh, state, position, config, scale, how)
+    middle = _middle(position, config)
+    scanned, state = _scan(query, fresh, state, position, middle, config, scale, how)
+    bank = getattr(state.history, "bank", None)
+    found = attend_selected(
+        query, scanned, state.stamps, middle, state.history.pages, bank=bank, scale=scale, **_selection(query, state, config),
+        scan_config=how.sketch().get("config"), **how.attention(),
+    )  # fmt: skip
+    if bank is not None:
+        state = replace(state, history=replace(state.history, bank=found.bank))
+    tally = Tally(found.counts, found.counts[..., 0].sum() / query.shape[0], found.unopened, found.hits)
+    return found.out, replace(state, stamps=found.stamps), tally
+
+
+def _comes_early(state: LayerState) -> bool:
+    """Whether pages that are open anyway are fetched before routing: where every page comes over PCIe, while the sketches are scanned."""
+    return isinstance(state.history, HostHistory) and state.history.bank is None
+
+
+def _attend_early(
+    query: Float[Array, "K G H"], fresh: FreshToken, state: LayerState, position: Array, config: HGAConfig, scale: float, how: How
+) -> tuple[Float[Array, "K G H"], LayerState, Tally]:
+    settings, store = how.attention() | {"scale": scale}, state.history.pages
     before = state.carried or carried_pages(state, position, config, how)
-    recent, fetched = own_chunk - 1, isinstance(state.history, HostHistory) and state.history.bank is None
-    if fetched:  # pages that are open anyway come over PCIe while the sketches are scanned
-        carried, _, _ = _attend_listed(query, before, None, state.history.pages, None, state.stamps, recent, scale, how)
+    carried = page_attention(query, *before, store, parts=before.count.shape[1], **settings)
     windows, state, found = _route_sketch(query, fresh, state, position, config, scale, how)
-    history, bank, hits = state.history, getattr(state.history, "bank", None), None
-    if fetched:
-        opened, _, _ = _attend_listed(query, found.fresh, None, history.pages, None, found.stamps, recent, scale, how)
-        partials = [windows, carried, opened]
-    else:
-        # Pages on the device do not need the head start: both lists in one launch take as long (45 us a layer either way on an H100).
-        visible, bank, hits = _attend_listed(query, before, found.fresh, history.pages, bank, found.stamps, recent, scale, how)
-        partials = [windows, visible]
-    merged = merge(partials, query.dtype, hand_over=tuple(zip(found.carried, before, strict=True)), **how.attention())
-    history = history if bank is None else replace(history, bank=bank)
+    opened = page_attention(query, *found.fresh, store, parts=before.count.shape[1], **settings)
+    handed = tuple(zip(found.carried, before, strict=True))
+    merged = merge([windows, carried, opened], query.dtype, hand_over=handed, **how.attention())
     after = PageList(*merged.targets) if state.carried is not None else None
-    tally = Tally(found.counts, found.counts[..., 0].sum() / query.shape[0], found.unopened, hits)
-    return merged.out, replace(state, history=history, carried=after), tally
+    tally = Tally(found.counts, found.counts[..., 0].sum() / query.shape[0], found.unopened)
+    return merged.out, replace(state, carried=after), tally
+
+
+def _middle(position: Int[Array, ""], config: HGAConfig) -> Int[Array, " 4"]:
+    now, after = position // config.chunk_size, (position + 1) // config.chunk_size
+    return sketch_routing.middle_of(now, after, config.sink_chunks, config.local_chunks)
+
+
+def _selection(query: Float[Array, "K G H"], state: LayerState, config: HGAConfig) -> dict[str, Any]:
+    threshold = config.threshold_for(query.shape[1])
+    return {"pages_per_chunk": config.groups_per_chunk, "threshold": threshold, "capacity": _capacity(state, config)}
+
+
+def _scan(
+    query: Float[Array, "K G H"],
+    fresh: FreshToken,
+    state: LayerState,
+    position: Array,
+    middle: Int[Array, " 4"],
+    config: HGAConfig,
+    scale: float,
+    how: How,
+) -> tuple[Scanned, LayerState]:
+    """Estimated scores of all pages, and the windows attended to, the newest token in them."""
+    summaries = state.summaries
+    prepared = sketch_routing.prepare(query, jnp.asarray(built_in_rotation(query.shape[2])), summaries.means, middle, **how.plain())
+    scanned = scan_beside_windows(
+        query, prepared, summaries.codes, summaries.scales, middle, **_windows_of(state, position, config), fresh=fresh, scale=scale,
+        scan_config=how.sketch().get("config"), **how.attention(),
+    )  # fmt: skip
+    return scanned, _with_windows(state, scanned.windows.window)
 
 
 def _route_sketch(
     query: Float[Array, "K G H"], fresh: FreshToken, state: LayerState, position: Array, config: HGAConfig, scale: float, how: How
 ) -> tuple[Partial, LayerState, sketch_routing.Pages]:
-    """The windows attended to, the newest token in them, and what it asks for: (partial result, state with both, pages)."""
-    summaries, own_chunk = state.summaries, position // config.chunk_size
-    middle = sketch_routing.middle_of(own_chunk, (position + 1) // config.chunk_size, config.sink_chunks, config.local_chunks)
-    prepared = sketch_routing.prepare(query, jnp.asarray(built_in_rotation(query.shape[2])), summaries.means, middle, **how.plain())
-    scores, windows = scan_beside_windows(
-        query, prepared, summaries.codes, summaries.scales, middle, **_windows_of(state, position, config), fresh=fresh, scale=scale,
-        scan_config=how.sketch().get("config"), **how.attention(),
-    )  # fmt: skip
-    found = sketch_routing.select(
-        scores, windows.partial.stats, state.stamps, middle, pages_per_chunk=config.groups_per_chunk,
-        threshold=config.threshold_for(query.shape[1]), capacity=_capacity(state, config), **how.sketch(),
-    )  # fmt: skip
-    return windows.partial, replace(_with_windows(state, windows.window), stamps=found.stamps), found
-
-
-def _attend_listed(
-    query: Float[Array, "K G H"],
-    listed: PageList,
-    more: PageList | None,
-    store: Float[Array, "K P 2 g H"],
-    bank: Bank | None,
-    recency: Int[Array, "K P"],
-    needed: Int[Array, ""],
-    scale: float,
-    how: How,
-) -> tuple[Partial, Bank | None, Int[Array, " K"] | None]:
-    """The pages of one or two lists from the store, through the bank where there is one; (partial result, bank, pages found in it)."""
-    settings = how.attention() | {"parts": listed.count.shape[1], "more": None if more is None else tuple(more)}
-    if bank is None:
-        return page_attention(query, listed.ids, listed.count, store, scale=scale, **settings)[0], None, None
-    bank, plan = plan_bank(bank, listed.ids, listed.count, recency, needed, **settings)
-    partial, bank = page_attention(query, listed.ids, listed.count, store, scale=scale, bank=bank, plan=plan, **settings)
-    return partial, bank, plan.hits
+    """The windows attended to, the newest token in them, and the pages that it asks for: (partial result, state with both, pages)."""
+    middle = _middle(position, config)
+    scanned, state = _scan(query, fresh, state, position, middle, config, scale, how)
+    windows = scanned.windows.partial
+    found = sketch_routing.select(scanned.scores, windows.stats, state.stamps, middle, **_selection(query, state, config), **how.sketch())
+    return windows, replace(state, stamps=found.stamps), found
 
 
 def _stats(tally: Tally, places: WindowPlaces, position: Int[Array, ""], config: HGAConfig) -> Stats:
@@ -297,6 +317,6 @@ def finish_token(
     query = awaited.query
     ids = jnp.broadcast_to(jnp.arange(pages.shape[1], dtype=jnp.int32), pages.shape[:2])
     heads = None if awaited.heads is None else awaited.heads[:, : pages.shape[1]]
-    routed, _ = page_attention(query, ids, count, pages, scale=scale, heads=heads, **how.attention())
+    routed = page_attention(query, ids, count, pages, scale=scale, heads=heads, **how.attention())
     out = merge([awaited.windows, routed], query.dtype, **how.attention()).out
     return out.reshape(-1, query.shape[2]), _stats(awaited.tally, window_places(position, config), position, config)

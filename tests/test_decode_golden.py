@@ -49,15 +49,15 @@ def test_every_token_sees_the_golden_keys(run):
         window = store[:, jnp.clip(page, 0, store.shape[1] - 1)]
         middle = sketch.middle_of(own, (token + 1) // chunk, sinks, local)
         prepared = sketch.prepare(query, jnp.asarray(rotation), means, middle, **how)
-        scores, (part, _) = scan_beside_windows(
+        scores, (part, _), _ = scan_beside_windows(
             query, prepared, codes, scales, middle, window, valid, scale=scale, scan_config=routing, config=attention, **how
         )
         carried = sketch.carried_pages(stamps, own, capacity=128, config=routing, **how)
-        old, _ = decode.page_attention(query, *carried, store, scale=scale, parts=carried.count.shape[1], config=attention, **how)
+        old = decode.page_attention(query, *carried, store, scale=scale, parts=carried.count.shape[1], config=attention, **how)
         pages = sketch.select(
             scores, part.stats, stamps, middle, pages_per_chunk=in_chunk, threshold=meta["threshold"], capacity=128, config=routing, **how
         )
-        new, _ = decode.page_attention(query, *pages.fresh, store, scale=scale, parts=carried.count.shape[1], config=attention, **how)
+        new = decode.page_attention(query, *pages.fresh, store, scale=scale, parts=carried.count.shape[1], config=attention, **how)
         out = decode.merge([part, old, new], jnp.float32, config=attention, **how).out
         return out, pages.stamps, pages.counts[..., 0].sum(1) * group + valid.sum()
 

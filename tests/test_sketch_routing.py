@@ -115,12 +115,12 @@ def test_chunks_of_64_and_groups_of_16(run, dtype):
 
 @pytest.mark.parametrize("run", RUNS)
 def test_full_lists_refuse_new_requests_in_page_order(run):
-    """Room for one page in each of 16 lists and two that want it, p and p + 16: the lower one gets it unless the other was there before."""
-    data = problem(2, 3, 64, chunks=13, chunk=16, group=4, seed=1)
-    stamps = jnp.where(jnp.isin(jnp.arange(52), jnp.array([25, 36])), 11, -2) * jnp.ones((2, 1), jnp.int32)
-    rules = {"sink_chunks": 2, "local_chunks": 2, "group_size": 4, "threshold": 1e-12, "capacity": 8, "scale": 0.125}
-    listed = check(run, *data[:5], stamps, *data[6:], own=12, config={"select_pages": 2}, **rules)
-    assert listed == [sorted({*range(8, 24), 25, 36} - {9, 20})] * 2
+    """Room for one page in each of 32 lists and two that want it, p and p + 32: the lower one gets it unless the other was there before."""
+    data = problem(2, 3, 64, chunks=25, chunk=16, group=4, seed=1)
+    stamps = jnp.where(jnp.isin(jnp.arange(100), jnp.array([25, 42])), 19, -2) * jnp.ones((2, 1), jnp.int32)
+    rules = {"sink_chunks": 2, "local_chunks": 2, "group_size": 4, "threshold": 1e-12, "capacity": 16, "scale": 0.125}
+    listed = check(run, *data[:5], stamps, *data[6:], own=20, config={"select_pages": 2}, **rules)
+    assert listed == [sorted({*range(8, 40), 25, 42} - {10})] * 2
 
 
 @pytest.mark.parametrize("run", RUNS)

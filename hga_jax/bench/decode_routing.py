@@ -81,7 +81,7 @@ def main(argv: list[str]) -> None:
             found = []
             for means, *sketch in layers:
                 prepared = prepare(query, rotation, means, middle, **how)
-                scores, (windows, _) = scan_beside_windows(
+                scores, (windows, _), _ = scan_beside_windows(
                     query, prepared, *sketch, middle, window, valid, scale=head_dim**-0.5, scan_config=config[0], config=config[1], **how
                 )
                 found.append(select(scores, windows.stats, stamps, middle, config=config[0], **rules, **how).stamps)

@@ -11,8 +11,9 @@ from pallas_kernels.limits import power_of_two
 class Config:
     """tile_pages, warps: pages a program reads at once (all their loads in flight together) and its warps. splits: programs a kv head.
     window_tile_pages, window_splits, window_warps: the same for the windows; beside_tile_pages, beside_splits: of the windows' programs in
-    a launch that does something else meanwhile (few and narrow: they must not take registers and room from the others). merge_warps: warps
-    of the program that merges one query head. bank_warps: warps of the program that plans the bank of one kv head."""
+    a launch that does something else meanwhile (few and narrow: they must not take registers and room from the others).
+    selected_tile_pages, selected_warps: of the programs that select pages and read them. merge_warps: warps of the program that merges one
+    query head."""
 
     tile_pages: int = 1
     splits: int = 64
@@ -22,8 +23,9 @@ class Config:
     window_warps: int = 4
     beside_tile_pages: int = 1
     beside_splits: int = 4
+    selected_tile_pages: int = 4
+    selected_warps: int = 8
     merge_warps: int = 4
-    bank_warps: int = 8
 
     def __post_init__(self):
         for name, value in vars(self).items():

@@ -4,18 +4,32 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
 from pallas_kernels import routed_decode_attention as attention
 from pallas_kernels import sketch_routing as routing
-from pallas_kernels.sketch_decode import kernel
+from pallas_kernels.sketch_decode import kernel, xla
 
 
 class Scanned(NamedTuple):
-    """What a token knows before it selects pages."""
+    """What a token knows before it selects pages. finished: zeros for `attend_selected` to count in; to be used once."""
 
     scores: routing.Scores
     windows: attention.Windows
+    finished: Int[Array, " K"]
+
+
+class Attended(NamedTuple):
+    """out: attention outputs over windows and visible pages. stamps, counts, unopened: see sketch_routing.Pages. bank: with the missed
+    pages in it; hits: pages found there."""
+
+    out: Float[Array, "K G H"]
+    stamps: Int[Array, "K P"]
+    counts: Int[Array, "K parts 2"]
+    unopened: Float[Array, "K parts G"]
+    bank: attention.Bank | None
+    hits: Int[Array, "K parts"] | None
 
 
 def scan_beside_windows(
@@ -45,12 +59,52 @@ def scan_beside_windows(
     how = {"implementation": implementation, "interpret": interpret}
     if implementation != "pallas":
         scores = routing.scan(prepared, codes, scales, middle, config=scan_config, **rules, **how)
-        return Scanned(
-            scores, attention.window_attention(query, window, valid, pages=pages, fresh=fresh, scale=scale, config=config, **how)
-        )
-    scores, (acc, stats, *after) = kernel.scan_beside_windows(
+        windows = attention.window_attention(query, window, valid, pages=pages, fresh=fresh, scale=scale, config=config, **how)
+        return Scanned(scores, windows, jnp.zeros(query.shape[0], jnp.int32))
+    scores, finished, (acc, stats, *after) = kernel.scan_beside_windows(
         query, prepared, codes, scales, middle, window, valid, pages, fresh,
         group_size=group_size, scale=scale, scan_config=scan_config or routing.Config(), config=config or attention.Config(),
         interpret=interpret,
     )  # fmt: skip
-    return Scanned(routing.Scores(*scores), attention.Windows(attention.Partial(acc, stats), *after or (window,)))
+    return Scanned(routing.Scores(*scores), attention.Windows(attention.Partial(acc, stats), *after or (window,)), finished)
+
+
+def attend_selected(
+    query: Float[Array, "K G H"],
+    scanned: Scanned,
+    stamps: Int[Array, "K P"],
+    middle: Int[Array, " 4"],
+    store: Float[Array, "K P 2 g H"],
+    *,
+    bank: attention.Bank | None = None,
+    pages_per_chunk: int,
+    threshold: float,
+    capacity: int,
+    scale: float,
+    implementation: Literal["pallas", "xla"],
+    scan_config: routing.Config | None = None,
+    config: attention.Config | None = None,
+    interpret: bool = False,
+) -> Attended:
+    """Select pages as `sketch_routing.select` does, attend to all that are visible and merge with the windows, in one launch.
+
+    A program selects one part of a kv head's pages (page p is of part p % parts), reads those it selected, and the last of a kv head's
+    programs to finish merges. Three launches would wait for each other twice more, about 3 us each on an H100.
+
+    bank: pages are looked for there first. One that is missing is read from `store`, used, and kept in a slot of its part (the slots are
+    dealt out evenly): an empty one, else that of the page requested longest ago and not visible now; if there is none, it is only read.
+    So a part keeps the pages that its requests asked for last, as many as it has slots. stamps and bank: updated in place when donated.
+    """
+    parts, room = routing.list_shape(stamps.shape[1], capacity)
+    if implementation == "xla":
+        rules = {"pages_per_chunk": pages_per_chunk, "threshold": threshold, "parts": parts, "room": room}
+        return Attended(*xla.attend_selected(query, scanned.scores, scanned.windows.partial, stamps, middle, store, bank, scale, rules))
+    if implementation != "pallas":
+        raise ValueError(f"{implementation=}: choose pallas or xla")
+    out, stamps, counts, unopened, *banked = kernel.attend_selected(
+        query, scanned.scores, scanned.windows.partial, stamps, middle, store, scanned.finished, bank,
+        parts=parts, rules=kernel.Rules(room, pages_per_chunk, threshold, scale), scan_config=scan_config or routing.Config(),
+        config=config or attention.Config(), interpret=interpret,
+    )  # fmt: skip
+    hits, *arrays = banked or (None,)
+    return Attended(out, stamps, counts, unopened, attention.Bank(*arrays) if arrays else None, hits)

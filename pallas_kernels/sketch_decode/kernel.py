@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.limits import check_offsets
 from pallas_kernels.routed_decode_attention import Config as AttentionConfig
-from pallas_kernels.routed_decode_attention.kernel import window_job, window_program
+from pallas_kernels.routed_decode_attention.kernel import (
+    attend_pages,
+    check_store,
+    load_query,
+    merge_heads,
+    partial_shapes,
+    place_pages,
+    window_job,
+    window_program,
+    write_partial,
+)
 from pallas_kernels.sketch_routing import Config as ScanConfig
-from pallas_kernels.sketch_routing.kernel import check_scan, scan_program, scan_shapes
+from pallas_kernels.sketch_routing.kernel import Listing, check_scan, scan_program, scan_shapes, select_program
 
 SCANNED = 5  # arrays that the scan reads
 
 
 def _scan_and_windows_kernel(
-    *refs,  # those of the scan, those of the windows, the scan's results, the windows' results
+    *refs,  # those of the scan, those of the windows, the scan's results, finished_ref [K] i32 (set to 0), the windows' results
     windows: int,
     group_size: int,
     scale: float,
@@ -26,13 +39,17 @@ def _scan_and_windows_kernel(
     rules: dict,
 ):
     scan_in, refs = refs[:SCANNED], refs[SCANNED:]
-    window_in, scan_out, window_out = refs[:windows], refs[windows : windows + 2], refs[windows + 2 :]
+    window_in, scan_out, finished_ref, window_out = refs[:windows], refs[windows : windows + 2], refs[windows + 2], refs[windows + 3 :]
     k, program = pl.program_id(0), pl.program_id(1)
     splits = config.beside_splits
 
     @pl.when(program < splits)  # the windows' programs first: each goes through a few tiles while others scan
     def _():
         window_program(k, program, splits, config.beside_tile_pages, [*window_in, *window_out], scale=scale, **rules)
+
+    @pl.when(program == splits)
+    def _():
+        finished_ref[k] = jnp.int32(0)
 
     @pl.when(program >= splits)
     def _():
@@ -46,13 +63,14 @@ def _scan_and_windows_kernel(
 def scan_beside_windows(
     query, prepared, codes, scales, middle, window, valid, pages, fresh, *,
     group_size: int, scale: float, scan_config: ScanConfig, config: AttentionConfig, interpret: bool,
-) -> tuple[list[jax.Array], list[jax.Array]]:  # fmt: skip
-    """(scores and partial results of the scan, what window_attention returns)."""
+) -> tuple[list[jax.Array], jax.Array, list[jax.Array]]:  # fmt: skip
+    """(scores and partial results of the scan, zeros for attend_selected to count in, what window_attention returns)."""
     kv_heads, chunks, padded = prepared.chunk_scores.shape
     check_scan(codes, codes.shape[1] // chunks, group_size)
     job = window_job(query, window, valid, pages, fresh, config.beside_splits)
     arrays = [*prepared, codes, scales, middle, *job.arrays]
-    shapes = [*scan_shapes(kv_heads, codes.shape[1] // group_size, padded, scan_config), *job.shapes]
+    shapes = [*scan_shapes(kv_heads, codes.shape[1] // group_size, padded, scan_config)]
+    shapes += [jax.ShapeDtypeStruct((kv_heads,), jnp.int32), *job.shapes]
     kernel = partial(
         _scan_and_windows_kernel, windows=len(job.arrays), group_size=group_size, scale=scale, scan_config=scan_config, config=config,
         rules=job.rules,
@@ -63,9 +81,104 @@ def scan_beside_windows(
         in_specs=[pl.no_block_spec] * len(arrays),
         out_specs=[pl.no_block_spec] * len(shapes),
         out_shape=shapes,
-        input_output_aliases={SCANNED + array: 2 + result for array, result in job.aliases.items()},
+        input_output_aliases={SCANNED + array: 3 + result for array, result in job.aliases.items()},
         compiler_params=plgpu.CompilerParams(num_warps=scan_config.scan_warps, num_stages=scan_config.scan_stages),
         interpret=interpret,
         name="scan_beside_windows",
     )(*arrays)
-    return out[:2], out[2:]
+    return out[:2], out[2], out[3:]
+
+
+class Rules(NamedTuple):
+    """Sizes and numbers of the selection and attention kernel."""
+
+    room: int
+    pages_per_chunk: int
+    threshold: float
+    scale: float
+
+
+def _attend_selected_kernel(
+    query_ref,  # [K, G, H] device
+    scores_ref, partial_ref, window_ref, stamps_ref, chunks_ref,  # as in select_program
+    window_acc_ref,  # [K, splits, G, H] f32 device: attention over the windows; its stats are window_ref
+    store_ref,  # [K, P, 2, g, H] pinned host, or device when the whole history is there
+    finished_ref,  # [K] i32 device: programs of the kv head that are done, 0 to begin with
+    *refs,  # with a bank: pages [K, slots, 2, g, H], page_slot [K, P] i32, slot_page [K, slots] i32, device; then out, device:
+    # out [K, G, H]; stamps; ids [K, parts * room] i32, count [K, parts] i32; counts, unopened; acc [K, parts, G, H], stats [K, parts, 2, G]
+    # f32; finished, in place; with a bank hits [K, parts], source and victims [K, parts * room] i32, and the bank, in place
+    rules: Rules,
+    scan_config: ScanConfig,
+    config: AttentionConfig,
+    wait: Any,
+):  # fmt: skip
+    banked = len(refs) > 9
+    refs = refs[3:] if banked else refs
+    out_ref, stamps_out_ref, ids_ref, count_ref, counts_ref, unopened_ref, acc_ref, stats_ref, finished_out_ref, *bank_refs = refs
+    k, part = pl.program_id(0), pl.program_id(1)
+    parts = count_ref.shape[1]
+    begin = part * rules.room
+    listed = select_program(
+        k, part, scores_ref, partial_ref, window_ref, stamps_ref, chunks_ref, stamps_out_ref, counts_ref, unopened_ref,
+        Listing(ids_ref, count_ref), pages_per_chunk=rules.pages_per_chunk, threshold=rules.threshold, config=scan_config,
+    )  # fmt: skip
+    wait()
+    through_bank = {}
+    if banked:
+        hits_ref, source_ref, victims_ref, bank_ref, page_slot_ref, slot_page_ref = bank_refs
+        place_pages(
+            k, part, begin, listed, rules.room, chunks_ref[2] - 1, ids_ref, stamps_out_ref, hits_ref, source_ref, victims_ref,
+            page_slot_ref, slot_page_ref, wait,
+        )  # fmt: skip
+        wait()
+        through_bank = {"source_ref": source_ref, "bank_ref": bank_ref}
+    query = load_query(query_ref, k, rules.scale)
+    found = attend_pages(query, k, begin, listed, 0, 1, config.selected_tile_pages, ids_ref, store_ref, **through_bank)
+    write_partial(acc_ref, stats_ref, k, part, found)
+
+    # Who is last of the kv head's programs merges what all of them wrote. All threads' writes come before the barrier, it before one
+    # thread's addition (which releases and acquires), the addition before the barrier that its result is handed around by.
+    wait()
+    before = plgpu.atomic_add(finished_out_ref, (k,), jnp.int32(1))
+
+    @pl.when(before == parts - 1)
+    def _():
+        heads = jnp.arange(pl.next_power_of_2(query_ref.shape[1]))
+        merge_heads(k, heads, [(window_acc_ref, window_ref), (acc_ref, stats_ref)], out_ref)
+
+
+def attend_selected(
+    query, scores, windows, stamps, chunks, store, finished, bank, *,
+    parts: int, rules: Rules, scan_config: ScanConfig, config: AttentionConfig, interpret: bool,
+) -> list[jax.Array]:  # fmt: skip
+    """out, stamps, counts, unopened (, hits, the bank's arrays)."""
+    kv_heads, heads, head_dim = query.shape
+    check_store(store)
+    arrays = [query, *scores, windows.stats, stamps, chunks, windows.acc, store, finished, *(bank or ())]
+    numbers = [stamps.shape, (kv_heads, parts * rules.room), (kv_heads, parts), (kv_heads, parts, 2)]
+    shapes = [
+        jax.ShapeDtypeStruct(query.shape, query.dtype),
+        *(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in numbers),
+        jax.ShapeDtypeStruct((kv_heads, parts, heads), jnp.float32),
+        *partial_shapes(kv_heads, parts, heads, head_dim),
+        jax.ShapeDtypeStruct(finished.shape, jnp.int32),
+    ]
+    aliases = {4: 1, 8: 8}
+    if bank is not None:
+        check_offsets(bank=bank[0])
+        aliases |= {9 + i: len(shapes) + 3 + i for i in range(3)}
+        shapes += [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((kv_heads, parts), *[(kv_heads, parts * rules.room)] * 2)]
+        shapes += [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in bank]
+    wait = (lambda: None) if interpret else plgpu.debug_barrier  # the interpreter runs a program's lines one after the other
+    out, stamps, _, _, counts, unopened, _, _, _, *banked = pl.pallas_call(
+        partial(_attend_selected_kernel, rules=rules, scan_config=scan_config, config=config, wait=wait),
+        grid=(kv_heads, parts),
+        in_specs=[pl.no_block_spec] * len(arrays),
+        out_specs=[pl.no_block_spec] * len(shapes),
+        out_shape=shapes,
+        input_output_aliases=aliases,
+        compiler_params=plgpu.CompilerParams(num_warps=config.selected_warps, num_stages=1),
+        interpret=interpret,
+        name="attend_selected",
+    )(*arrays)
+    return [out, stamps, counts, unopened, *(banked[:1] + banked[3:] if banked else [])]

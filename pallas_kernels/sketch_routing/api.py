@@ -13,7 +13,7 @@ from pallas_kernels.sketch_routing.config import Config
 
 LEVELS = (-1.5104, -0.4528, 0.4528, 1.5104)  # Lloyd-Max quantiser of a unit Gaussian; codes 0..3 ascending
 THRESHOLDS = (-0.9816, 0.0, 0.9816)
-PARTS = 16  # lists a kv head: enough small programs to make them at once, few enough that few are empty
+PARTS = 32  # lists a kv head: with 4 kv heads a program for each multiprocessor of an H100, each with few pages to read
 
 
 class PageList(NamedTuple):

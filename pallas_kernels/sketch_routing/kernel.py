@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -244,29 +245,36 @@ def prepare(
     )(query, rotation, means, chunks)
 
 
-def _select_kernel(
+class Listing(NamedTuple):
+    """Where a selecting program writes pages: ids [K, parts * M] i32, part by part, and counts [K, parts] i32; device."""
+
+    ids: Any
+    count: Any
+
+
+def select_program(
+    k,  # kv head
+    part,  # of the pages: those with this remainder
     scores_ref,  # [K, P, Gp] f32 device
     partial_ref,  # [K, programs, 2, Gp] f32 device
     window_ref,  # [K, splits, 2, G] f32 device: the same of the exact window scores
     stamps_ref,  # [K, P] i32 device
     chunks_ref,  # [4] i32 device: first and end of the routed middle, own chunk, the next token's chunk
     stamps_out_ref,  # [K, P] i32 device, the same buffer as stamps_ref
-    fresh_ref,  # [K, parts * M] i32 device, out: pages opened by this token, part by part
-    fresh_count_ref,  # [K, parts] i32 device, out
-    carried_ref,  # [K, parts * M] i32 device, out: pages that stay open for the next token
-    carried_count_ref,  # [K, parts] i32 device, out
     counts_ref,  # [K, parts, 2] i32 device, out: pages visible, requests refused
     unopened_ref,  # [K, parts, G] f32 device, out: estimated share of the mass that lies in pages not visible
+    visible: Listing | None = None,  # out, where wanted: all pages that the token sees,
+    fresh: Listing | None = None,  # those that it opened,
+    carried: Listing | None = None,  # those that stay open for the next token (not with `visible`)
     *,
     pages_per_chunk: int,
     threshold: float,
-    heads: int,
     config: Config,
 ):
-    k, part = pl.program_id(0), pl.program_id(1)
-    pages, padded = scores_ref.shape[1], scores_ref.shape[2]
-    parts = fresh_count_ref.shape[1]
-    room_of_part = fresh_ref.shape[1] // parts
+    """The body of a selecting program. Returns how many pages are visible."""
+    pages, padded, heads = scores_ref.shape[1], scores_ref.shape[2], window_ref.shape[3]
+    parts = counts_ref.shape[1]
+    room_of_part = (visible or fresh).ids.shape[1] // parts
     step = min(config.select_pages, pl.next_power_of_2(-(-pages // parts)))
     head = jnp.arange(padded)
     first, end = chunks_ref[0] * pages_per_chunk, jnp.minimum(chunks_ref[1] * pages_per_chunk, pages)
@@ -302,38 +310,53 @@ def _select_kernel(
         page, stamps, middle, scores = loaded
         wanted = jnp.max((scores >= bound[None, :]).astype(jnp.int32), axis=1) * middle.astype(jnp.int32)
         seen = (stamps >= own - 1).astype(jnp.int32)
-        fresh = wanted * (1 - seen)
-        stays = seen * ((wanted > 0) | (stamps >= after - 1)).astype(jnp.int32)
-        running = jnp.cumsum(stays + (fresh << 16), axis=0)
-        fresh_rank = running >> 16
+        new = wanted * (1 - seen)
+        # What the second list has beside new pages: all that were seen, or those that the next token still sees.
+        kept = seen if carried is None else seen * ((wanted > 0) | (stamps >= after - 1)).astype(jnp.int32)
+        running = jnp.cumsum(kept + (new << 16), axis=0)
+        new_rank = running >> 16
         room = jnp.maximum(room_of_part - seen_all - fresh_before, 0)
-        taken = fresh * (fresh_rank <= room).astype(jnp.int32)
-        visible = seen + taken
-        plgpu.store(stamps_out_ref.at[k, page], jnp.broadcast_to(own, (step,)), mask=(wanted * visible) > 0)
-        for ref, chosen, rank in (
-            (fresh_ref, taken > 0, fresh_before + fresh_rank - 1),
-            (carried_ref, stays + taken > 0, kept_before + (running & 0xFFFF) + jnp.minimum(fresh_rank, room) - 1),
-        ):
-            put = chosen & (rank < room_of_part)
-            plgpu.store(ref.at[k, jnp.where(put, part * room_of_part + rank, parts * room_of_part)], page, mask=put)
-        unopened += jnp.sum(jnp.where((visible > 0)[:, None], 0.0, jnp.exp(scores - unit[None, :])), axis=0)
-        both = jnp.sum(stays + taken + (fresh << 16))
+        taken = new * (new_rank <= room).astype(jnp.int32)
+        open_to_it = seen + taken
+        plgpu.store(stamps_out_ref.at[k, page], jnp.broadcast_to(own, (step,)), mask=(wanted * open_to_it) > 0)
+        kept_rank = kept_before + (running & 0xFFFF) + jnp.minimum(new_rank, room) - 1
+        for listing, chosen, rank in ((fresh, taken > 0, fresh_before + new_rank - 1), (visible or carried, kept + taken > 0, kept_rank)):
+            if listing is not None:
+                put = chosen & (rank < room_of_part)
+                plgpu.store(listing.ids.at[k, jnp.where(put, part * room_of_part + rank, parts * room_of_part)], page, mask=put)
+        unopened += jnp.sum(jnp.where((open_to_it > 0)[:, None], 0.0, jnp.exp(scores - unit[None, :])), axis=0)
+        both = jnp.sum(kept + taken + (new << 16))
         return kept_before + (both & 0xFFFF), fresh_before + (both >> 16), seen_before + jnp.sum(seen), unopened
 
     nothing = jnp.int32(0), jnp.int32(0), jnp.int32(0), jnp.zeros((padded,), jnp.float32)
     if pages <= step * parts:
         seen_all = jnp.sum((ahead[1] >= own - 1).astype(jnp.int32))
-        kept, fresh, seen, unopened = decide(ahead, nothing)
+        kept, new, seen, unopened = decide(ahead, nothing)
     else:
         steps = (jnp.maximum(end, 1) + step * parts - 1) // (step * parts)
         seen_all = lax.fori_loop(0, steps, lambda i, n: n + jnp.sum((load(i)[1] >= own - 1).astype(jnp.int32)), jnp.int32(0))
-        kept, fresh, seen, unopened = lax.fori_loop(1, steps, lambda i, c: decide(load(i), c), decide(ahead, nothing))
-    taken = jnp.minimum(fresh, jnp.maximum(room_of_part - seen_all, 0))
-    fresh_count_ref[k, part] = taken
-    carried_count_ref[k, part] = jnp.minimum(kept, room_of_part)
-    counts_ref[k, part, 0] = jnp.minimum(seen + taken, room_of_part)
-    counts_ref[k, part, 1] = fresh - taken
+        kept, new, seen, unopened = lax.fori_loop(1, steps, lambda i, c: decide(load(i), c), decide(ahead, nothing))
+    taken = jnp.minimum(new, jnp.maximum(room_of_part - seen_all, 0))
+    seen_now = jnp.minimum(seen + taken, room_of_part)
+    for listing, count in ((visible, seen_now), (fresh, taken), (carried, jnp.minimum(kept, room_of_part))):
+        if listing is not None:
+            listing.count[k, part] = count
+    counts_ref[k, part, 0] = seen_now
+    counts_ref[k, part, 1] = new - taken
     plgpu.store(unopened_ref.at[k, part, head], unopened, mask=head < heads)
+    return seen_now
+
+
+def _select_kernel(
+    scores_ref, partial_ref, window_ref, stamps_ref, chunks_ref,  # as in select_program
+    stamps_out_ref, fresh_ref, fresh_count_ref, carried_ref, carried_count_ref, counts_ref, unopened_ref,
+    *, pages_per_chunk: int, threshold: float, config: Config,
+):  # fmt: skip
+    select_program(
+        pl.program_id(0), pl.program_id(1), scores_ref, partial_ref, window_ref, stamps_ref, chunks_ref, stamps_out_ref, counts_ref,
+        unopened_ref, None, Listing(fresh_ref, fresh_count_ref), Listing(carried_ref, carried_count_ref),
+        pages_per_chunk=pages_per_chunk, threshold=threshold, config=config,
+    )  # fmt: skip
 
 
 def select(
@@ -353,7 +376,7 @@ def select(
     """Stamps with this token's requests (in place), the lists and figures of api.Pages."""
     kv_heads, pages, _ = scores.shape
     check_offsets(scores=scores)
-    kernel = partial(_select_kernel, pages_per_chunk=pages_per_chunk, threshold=threshold, heads=window.shape[3], config=config)
+    kernel = partial(_select_kernel, pages_per_chunk=pages_per_chunk, threshold=threshold, config=config)
     shapes = [(pages,), (parts * room,), (parts,), (parts * room,), (parts,), (parts, 2)]
     return pl.pallas_call(
         kernel,
