@@ -1,5 +1,7 @@
 """Selection, attention through a bank and merge in one launch: kernel and XLA twin against float64 numpy and a bank kept by hand."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,20 +66,8 @@ def test_twelve_tokens_of_drifting_requests(run, slots):
     @jax.jit
     def token(query, scores, windows, stamps, middle, bank):
         scanned = decode.Scanned(scores, windows, jnp.zeros(KV_HEADS, jnp.int32))
-        return decode.attend_selected(
-            query,
-            scanned,
-            stamps,
-            middle,
-            store,
-            bank=bank,
-            pages_per_chunk=2,
-            threshold=1e-4,
-            capacity=PAGES,
-            scale=0.125,
-            **how,
-            **config,
-        )
+        rules = {"pages_per_chunk": 2, "threshold": 1e-4, "capacity": PAGES, "scale": 0.125}
+        return decode.attend_selected(query, scanned, stamps, middle, store, bank=bank, **rules, **how, **config)
 
     expected_stamps, evictions, total = np.full((KV_HEADS, PAGES), -2), 0, 0
     for now in range(60, 72):
@@ -108,3 +98,32 @@ def test_twelve_tokens_of_drifting_requests(run, slots):
             np.testing.assert_array_equal(bank.page_slot[k], page_slot)
             np.testing.assert_array_equal(bank.pages[k, after >= 0], store[k, after[after >= 0]])
     assert slots is None or (evictions and (total or slots < 40))
+
+
+@pytest.mark.parametrize("run", RUNS[1:])
+def test_who_merges_sees_what_all_programs_wrote(run):
+    """Many launches in one program, each with its own queries and in the buffers of the one before: the same as merging in a launch of its
+    own, where the launches' order says what is seen. A program that merged too early would find another query's partial results."""
+    how, _ = settings(run)
+    kv_heads, heads, head_dim, pages = 4, 16, 128, 512  # heads enough that they are merged in two turns
+    launches = 400 if run == "native" else 2
+    keys = jax.random.split(jax.random.key(0), 3)
+    store = jax.random.normal(keys[0], (kv_heads, pages, 2, 16, head_dim))
+    queries = jax.random.normal(keys[1], (launches, kv_heads, heads, head_dim))
+    scores = jnp.where(jax.random.uniform(keys[2], (launches, kv_heads, pages, 1)) < 0.15, 0.0, -50.0) * jnp.ones(heads)
+    totals = jnp.zeros((kv_heads, 1, 2, heads)).at[:, :, 1].set(80)
+    stamps, middle = jnp.full((kv_heads, pages), -2, jnp.int32), routing.middle_of(jnp.int32(200), jnp.int32(200), 0, 1)
+
+    def one(given, config):
+        query, score = given
+        windows = attention.window_attention(query, store[:, :3], jnp.full(3, 16, jnp.int32), scale=0.1, config=config, **how)
+        scanned = decode.Scanned(routing.Scores(score, totals), windows, jnp.zeros(kv_heads, jnp.int32))
+        rules = {"pages_per_chunk": 4, "threshold": 1e-4, "capacity": pages, "scale": 0.1}
+        return decode.attend_selected(query, scanned, stamps, middle, store, config=config, **rules, **how).out
+
+    configs = [attention.Config(window_splits=2, merge_in_launch=inside) for inside in (True, False)]
+    inside, after = (jax.jit(lambda *given, config=config: jax.lax.map(partial(one, config=config), given)) for config in configs)
+    found, expected = np.asarray(inside(queries, scores)), np.asarray(after(queries, scores))
+    assert np.abs(expected).mean() > 0.02  # one of 32 partial results being another's would change about a hundredth of that
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    np.testing.assert_array_equal(found, inside(queries, scores))

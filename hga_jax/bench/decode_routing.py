@@ -1,8 +1,10 @@
-"""Decode routing, one layer, under several settings of its kernels: sketches scanned, windows attended to beside, pages selected.
+"""Attention of one decoded token, sketch policy, history on the device, under several settings of its three launches.
 
-A setting is CHUNKSxPROGRAMSxWARPSxSTAGESxSPLITS: chunks of sketches a scanning program works on at a time, such programs a kv head, their
-warps, stages of their loop (sketch_routing.Config), programs for the windows. Sketches, queries and windows are random. Printed:
-microseconds of each launch, the bytes of sketches that are read a second, and whether the pages are those of the first setting.
+A setting is SCAN/READ. SCAN: CHUNKSxPROGRAMSxWARPSxSTAGESxSPLITS, chunks of sketches that a scanning program works on at a time, such
+programs a kv head, their warps, stages of their loop, programs a kv head for the windows beside them. READ: PAGESxWARPS, pages that a
+selecting program reads at once, its warps; PAGESxWARPSxlaunch: with the partial results merged by a launch after it. Sketches, pages, query
+and windows are random; pages that earlier requests keep open make up the number asked for. Printed: microseconds of each launch, the bytes
+of sketches read a second, and whether pages and outputs are those of the first setting.
 """
 
 from __future__ import annotations
@@ -18,30 +20,43 @@ import numpy as np
 from hga_jax.bench.decode import CHUNK, GROUP, LOCAL, SHAPES, SINKS, WINDOW_PAGES, environment, kernel_times
 from hga_jax.sketches import built_in_rotation
 from pallas_kernels.routed_decode_attention import Config as AttentionConfig
-from pallas_kernels.sketch_decode import scan_beside_windows
-from pallas_kernels.sketch_routing import Config, middle_of, prepare, select
+from pallas_kernels.sketch_decode import attend_selected, scan_beside_windows
+from pallas_kernels.sketch_routing import Config as ScanConfig
+from pallas_kernels.sketch_routing import middle_of, prepare
 
-SETTINGS = (
-    "4x128x4x3x8", "4x128x4x2x8", "4x128x4x1x8", "4x64x4x3x8", "4x64x4x4x8", "4x64x4x1x8", "2x128x4x3x8", "2x128x4x3x4", "2x128x4x4x4",
-    "2x128x4x1x4", "2x64x4x4x8", "2x256x4x3x8", "4x64x8x3x2", "4x64x8x3x8", "4x64x8x1x2", "8x64x8x3x2", "8x64x8x1x2", "2x256x2x3x8",
+SCANS = (
+    "2x128x4x3x4", "2x128x4x3x8", "2x128x4x4x4", "2x128x4x1x4", "4x128x4x3x8", "4x128x4x2x8", "4x128x4x1x8", "4x64x4x3x8", "4x64x4x4x8",
+    "4x64x4x1x8", "2x64x4x4x8", "2x256x4x3x8", "4x64x8x3x2", "4x64x8x3x8", "4x64x8x1x2", "8x64x8x3x2", "8x64x8x1x2", "2x256x2x3x8",
 )  # fmt: skip
+READS = ("4x8", "4x8xlaunch", "4x4", "2x8", "2x4", "2x4xlaunch", "1x4", "8x8")
+SETTINGS = (*(f"{scan}/{READS[0]}" for scan in SCANS), *(f"{SCANS[0]}/{read}" for read in READS[1:]))
+LAUNCHES = ("sketch_prepare", "sketch_scan_beside_windows", "attend_selected", "merge_attention")
 LAYERS = 6  # sketches of so many layers in turn, so that none is still in the cache
 
 
-def parse(setting: str, **fixed: Any) -> tuple[Config, AttentionConfig]:
+def parse(setting: str, **fixed: Any) -> tuple[ScanConfig, AttentionConfig]:
     """Raises ValueError."""
     try:
-        chunks, programs, warps, stages, splits = (int(n) for n in setting.split("x"))
-        scan = Config(block_chunks=chunks, scan_programs=programs, scan_warps=warps, scan_stages=stages, **fixed)
-        return scan, AttentionConfig(beside_splits=splits)
+        scan, read = (part.split("x", 4) for part in setting.split("/"))
+        chunks, programs, warps, stages, splits = (int(n) for n in scan)
+        pages, reading_warps, *launch = read
+        if launch not in ([], ["launch"]):
+            raise ValueError("what follows the warps can only be launch")
+        return (
+            ScanConfig(block_chunks=chunks, scan_programs=programs, scan_warps=warps, scan_stages=stages, **fixed),
+            AttentionConfig(
+                beside_splits=splits, selected_tile_pages=int(pages), selected_warps=int(reading_warps), merge_in_launch=not launch
+            ),
+        )
     except ValueError as error:
-        raise ValueError(f"setting {setting!r}: {error}; write CHUNKSxPROGRAMSxWARPSxSTAGESxSPLITS") from None
+        raise ValueError(f"setting {setting!r}: {error}; write one like {SETTINGS[0]}") from None
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m hga_jax.bench decode_routing", description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="qwen3-30b-a3b")
     parser.add_argument("--tokens", type=int, default=65536)
+    parser.add_argument("--routed", type=int, default=1200, help="tokens a kv head in pages that are open")
     parser.add_argument("--settings", nargs="+", default=SETTINGS)
     parser.add_argument("--interpret", action="store_true", help="in Pallas' interpreter, without times")
     parser.add_argument("--json", help="write the results here")
@@ -54,59 +69,57 @@ def main(argv: list[str]) -> None:
     print(environment(), flush=True)
 
     heads, kv_heads, head_dim = SHAPES[options.shape][1:]
-    ratio, chunks = heads // kv_heads, options.tokens // CHUNK
-    own = jnp.int32(chunks)  # an open chunk after those of the history
+    ratio, chunks, pages = heads // kv_heads, options.tokens // CHUNK, options.tokens // GROUP
     query = jax.random.normal(jax.random.key(0), (kv_heads, ratio, head_dim)).astype(jnp.bfloat16)
+    store = jax.random.normal(jax.random.key(1), (kv_heads, pages, 2, GROUP, head_dim)).astype(jnp.bfloat16)
     rotation = jnp.asarray(built_in_rotation(head_dim))
-    middle = middle_of(own, own, SINKS, LOCAL)
-    window = jax.random.normal(jax.random.key(1), (kv_heads, WINDOW_PAGES, 2, GROUP, head_dim)).astype(jnp.bfloat16)
-    valid = jnp.full(WINDOW_PAGES, GROUP, jnp.int32)
-    stamps = jnp.full((kv_heads, options.tokens // GROUP), -2, jnp.int32)
+    middle = middle_of(jnp.int32(chunks), jnp.int32(chunks), SINKS, LOCAL)  # the open chunk comes after those of the history
+    window, valid = store[:, :WINDOW_PAGES], jnp.full(WINDOW_PAGES, GROUP, jnp.int32)
 
-    def sketches(layer: int) -> tuple[jax.Array, ...]:
-        seeds = jax.random.split(jax.random.key(layer), 3)
+    def layer(seed: int) -> tuple[jax.Array, ...]:
+        seeds = jax.random.split(jax.random.key(seed + 2), 4)
         means = jax.random.normal(seeds[0], (kv_heads, chunks, head_dim)).astype(jnp.bfloat16)
         codes = jax.random.bits(seeds[1], (kv_heads, options.tokens, head_dim // 4), jnp.uint8)
-        return means, codes, (0.3 + jnp.abs(jax.random.normal(seeds[2], (kv_heads, options.tokens)))).astype(jnp.bfloat16)
+        scales = (0.3 + jnp.abs(jax.random.normal(seeds[2], (kv_heads, options.tokens)))).astype(jnp.bfloat16)
+        open_to_it = jax.random.uniform(seeds[3], (kv_heads, pages)) < options.routed / options.tokens
+        return means, codes, scales, jnp.where(open_to_it, chunks - 1, -2).astype(jnp.int32)
 
-    layers = [sketches(layer) for layer in range(1 if options.interpret else LAYERS)]
-    scanned = sum(x.nbytes for x in layers[0])
+    layers = [layer(seed) for seed in range(1 if options.interpret else LAYERS)]
+    scanned = sum(x.nbytes for x in layers[0][:3])
+    rules = {"pages_per_chunk": CHUNK // GROUP, "threshold": 0.001 * ratio, "capacity": min(1024, pages)}
     results: list[dict[str, Any]] = []
     expected = None
-    for name, config in settings.items():
+    for name, (scan_config, config) in settings.items():
+        how = {"implementation": "pallas", "interpret": options.interpret}
+        settled = how | {"scale": head_dim**-0.5, "scan_config": scan_config, "config": config}
 
-        def run(query: jax.Array, layers: list, config: tuple[Config, AttentionConfig] = config) -> list:
-            how = {"implementation": "pallas", "interpret": options.interpret}
-            rules = {"pages_per_chunk": CHUNK // GROUP, "threshold": 0.001 * ratio, "capacity": 1024}
+        def run(query: jax.Array, layers: list, how: dict = how, settled: dict = settled) -> list:
             found = []
-            for means, *sketch in layers:
+            for means, codes, scales, stamps in layers:
                 prepared = prepare(query, rotation, means, middle, **how)
-                scores, (windows, _), _ = scan_beside_windows(
-                    query, prepared, *sketch, middle, window, valid, scale=head_dim**-0.5, scan_config=config[0], config=config[1], **how
-                )
-                found.append(select(scores, windows.stats, stamps, middle, config=config[0], **rules, **how).stamps)
+                scores = scan_beside_windows(query, prepared, codes, scales, middle, window, valid, **settled)
+                found.append(attend_selected(query, scores, stamps, middle, store, **rules, **settled)[:3])
             return found
 
         try:
             program = jax.jit(run)
-            pages = [np.asarray(x) for x in program(query, layers)]
+            outs, stamps, counts = (
+                np.stack([np.asarray(x, np.float32) for x in each]) for each in zip(*program(query, layers), strict=True)
+            )
             times = {} if options.interpret else kernel_times(lambda program=program: [program(query, layers) for _ in range(4)])
         except Exception as error:  # a setting that does not fit this GPU must not lose the others
-            print(f"{name:10s} {type(error).__name__} {str(error)[:150]}", flush=True)
+            print(f"{name:20s} {type(error).__name__} {str(error)[:150]}", flush=True)
             continue
-        expected = pages if expected is None else expected
-        result: dict[str, Any] = {
-            "setting": name,
-            "opened": int((pages[0] >= 0).sum()),
-            "same_pages": all(np.array_equal(a, b) for a, b in zip(pages, expected, strict=True)),
-        }
-        for kernel in ("sketch_prepare", "scan_beside_windows", "sketch_select"):
-            result[f"{kernel}_us"] = next((us for found, (_, us) in times.items() if kernel in found), 0.0)
-        rate = scanned / result["scan_beside_windows_us"] / 1e3 if times else 0.0
-        results.append(result | {"scan_gigabytes_per_second": rate})
+        expected = (outs, stamps) if expected is None else expected
+        same = np.array_equal(stamps, expected[1]) and np.allclose(outs, expected[0], atol=1e-2)
+        result: dict[str, Any] = {"setting": name, "visible": float(counts[..., 0].sum()) / (len(layers) * kv_heads), "same": bool(same)}
+        for launch in LAUNCHES:
+            result[f"{launch}_us"] = next((us for kernel, (_, us) in times.items() if launch in kernel), 0.0)
+        result["scan_gigabytes_per_second"] = scanned / result["sketch_scan_beside_windows_us"] / 1e3 if times else 0.0
+        results.append(result)
         print(
-            f"{name:10s} prepare {result['sketch_prepare_us']:6.2f}, scan {result['scan_beside_windows_us']:6.2f} us ({rate:.0f} GB/s), "
-            f"select {result['sketch_select_us']:6.2f}; {result['opened']} pages, {'the same' if result['same_pages'] else 'OTHERS'}",
+            f"{name:20s} {', '.join(f'{launch} {result[f"{launch}_us"]:6.2f}' for launch in LAUNCHES)} us; "
+            f"scan {result['scan_gigabytes_per_second']:.0f} GB/s; {result['visible']:.1f} pages, {'the same' if same else 'OTHERS'}",
             flush=True,
         )
     if options.json:

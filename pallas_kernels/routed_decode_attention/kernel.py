@@ -1,4 +1,4 @@
-"""Kernels of T=1 attention: windows, routed pages (splits of the page list), exact merge, page copies; the books of a bank."""
+"""Kernels of T=1 attention: windows, routed pages (splits of the page list), exact merge, page copies."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def attend_pages(
     ids_ref,  # [K, M] i32 device
     store_ref,  # [K, P, 2, g, H] pinned host or device
     heads_ref=None,  # [K, M] i32 device: bit n: head n sees the page; None: all do
-    source_ref=None,  # [K, M] i32 device, from place_pages
+    source_ref=None,  # [K, M] i32 device, from sketch_decode.bank.place_pages; None: no bank
     bank_ref=None,  # [K, slots, 2, g, H] device, in place
 ):
     """Tiles split, split + splits, ... of a list of pages: (peak, total, acc) of the online softmax. A page that is not in the bank comes
@@ -259,6 +259,20 @@ def page_attention(query, ids, counts, store, heads_mask, parts, *, scale: float
     )(*arrays)
 
 
+MERGED_AT_ONCE = 2**15  # elements of partial results in a program's registers: 128 for each of 256 threads
+
+
+def merge_all_heads(k, parts, out_ref):
+    """`merge_heads` for all query heads of a kv head, as many at a time as fit."""
+    heads, head_dim = (pl.next_power_of_2(n) for n in out_ref.shape[1:])
+    splits = max(pl.next_power_of_2(acc_ref.shape[1]) for acc_ref, _ in parts)
+    together = min(heads, max(1, MERGED_AT_ONCE // (splits * head_dim)))
+
+    @pl.loop(0, heads // together)
+    def _(i):
+        merge_heads(k, i * together + jnp.arange(together), parts, out_ref)
+
+
 def merge_heads(k, head, parts, out_ref):
     """Combine the partial results (acc_ref, stats_ref) of kv head k for the query heads `head` (an array of numbers) and write the outputs;
     heads that saw nothing get zeros."""
@@ -328,81 +342,6 @@ def merge(parts, dtype, handed, *, config: Config, interpret: bool) -> tuple[Arr
         name="merge_attention",
     )(*arrays)
     return tuple(out)
-
-
-def place_pages(
-    k,  # kv head
-    part,  # of its pages and slots
-    begin,  # the list of this part's pages: its first place in ids
-    listed,  # and how many pages it has
-    room: int,  # pages it may have
-    needed,  # pages at least this recent stay
-    ids_ref,  # [K, parts * room] i32 device
-    recency_ref,  # [K, P] i32 device: when each page was last requested
-    hits_ref,  # [K, parts] i32 device, out: pages found in the bank
-    source_ref,  # [K, parts * room] i32 device, out: slot of a page in the bank; -1 for one that is only read; -2 - slot for one put there
-    victims_ref,  # [K, parts * room] i32 device, for notes
-    page_slot_ref,  # [K, P] i32 device, in place: -1 where the page has no slot
-    slot_page_ref,  # [K, slots] i32 device, in place: -1 where the slot is empty
-    wait,  # until all threads' writes are seen by all
-):
-    """Find the listed pages in the bank and choose slots for the missing ones among those of this part: empty ones, then those of the pages
-    requested longest ago. A bank's slots are dealt out to the parts (slots_of_part), so that each program keeps its own pages' books and
-    none waits for another: where its slots run short, the last missing pages are only read."""
-    parts, slots = hits_ref.shape[1], slot_page_ref.shape[1]
-    rank = jnp.arange(pl.next_power_of_2(room))
-    place = jnp.where(rank < room, begin + rank, ids_ref.shape[1])
-    live = rank < listed
-    page = plgpu.load(ids_ref.at[k, place], mask=live, other=0)
-    slot = plgpu.load(page_slot_ref.at[k, page], mask=live, other=-1)
-    missed = (live & (slot < 0)).astype(jnp.int32)
-    misses = jnp.sum(missed)
-    hits_ref[k, part] = listed - misses
-
-    @pl.when(misses == 0)
-    def _():
-        plgpu.store(source_ref.at[k, place], slot, mask=live)
-
-    @pl.when(misses > 0)
-    def _():
-        first, last = slots_of_part(part, parts, slots)
-        index = jnp.arange(pl.next_power_of_2(-(-slots // parts)))
-        mine = index < last - first
-        held = plgpu.load(slot_page_ref.at[k, first + index], mask=mine, other=-1)
-        recency = plgpu.load(recency_ref.at[k, jnp.maximum(held, 0)], mask=held >= 0, other=-(2**30))
-        free = mine & (recency < needed)
-        recency = jnp.where(free, recency, 2**30)
-        wanted = jnp.minimum(misses, jnp.sum(free.astype(jnp.int32)))
-
-        # The smallest age bound with enough slots at or below it: empty slots and the oldest pages go first.
-        def narrow(bounds):
-            low, high = bounds
-            middle = low + (high - low) // 2
-            enough = jnp.sum((recency <= middle).astype(jnp.int32)) >= wanted
-            return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
-
-        oldest = jnp.maximum(jnp.min(recency), -4)
-        bound, _ = lax.while_loop(lambda bounds: bounds[0] < bounds[1], narrow, (oldest - 1, jnp.maximum(needed, oldest)))
-        older, equal = (recency < bound).astype(jnp.int32), (recency == bound).astype(jnp.int32)
-        spare = wanted - jnp.sum(older)
-        chosen = older + equal * (jnp.cumsum(equal, axis=0) <= spare).astype(jnp.int32)
-        turn = jnp.cumsum(chosen, axis=0) - 1
-        put = (chosen > 0) & (turn < wanted)
-        plgpu.store(victims_ref.at[k, jnp.where(put, begin + turn, ids_ref.shape[1])], first + index, mask=put)
-        evicted = put & (held >= 0)
-        plgpu.store(page_slot_ref.at[k, jnp.where(evicted, held, page_slot_ref.shape[1])], jnp.full_like(held, -1), mask=evicted)
-        wait()
-        turn = jnp.cumsum(missed, axis=0) - 1
-        got = (missed > 0) & (turn < wanted)
-        target = plgpu.load(victims_ref.at[k, jnp.where(got, begin + turn, 0)], mask=got, other=0)
-        plgpu.store(page_slot_ref.at[k, jnp.where(got, page, page_slot_ref.shape[1])], target, mask=got)
-        plgpu.store(slot_page_ref.at[k, jnp.where(got, target, slots)], page, mask=got)
-        plgpu.store(source_ref.at[k, place], jnp.where(got, -2 - target, slot), mask=live)
-
-
-def slots_of_part(part, parts: int, slots: int):
-    """First and end of the bank's slots that pages of one part may have."""
-    return part * slots // parts, (part + 1) * slots // parts
 
 
 def _copy_kernel(

@@ -55,44 +55,6 @@ def live_places(ids, counts, parts):
     return (jnp.arange(room) < counts[:, :parts, None]).reshape(ids.shape)
 
 
-def place_pages(ids, count, page_slot, slot_page, recency, needed):
-    """Where each listed page of one kv head is: ids [parts, room], count [parts], the tables of the bank. Returns (page_slot, slot_page,
-    source [parts, room]: slot of a page in the bank, -1 for one that is only read, -2 - slot for one to be put there; hits [parts])."""
-    parts, room = ids.shape
-    slots = slot_page.shape[0]
-    live = jnp.arange(room) < count[:, None]
-    slot = jnp.where(live, page_slot[ids], -1)
-    missed = live & (slot < 0)
-    each = -(-slots // parts)
-    first, last = (part * slots // parts for part in (jnp.arange(parts), jnp.arange(1, parts + 1)))
-    index = first[:, None] + jnp.arange(each)
-    mine = index < last[:, None]
-    held = jnp.where(mine, slot_page[jnp.minimum(index, slots - 1)], -1)
-    age = jnp.where(held >= 0, recency[jnp.maximum(held, 0)], -(2**30))
-    free = mine & (age < needed)
-    order = jnp.argsort(jnp.where(free, age, 2**30), axis=1, stable=True)
-    wanted = jnp.minimum(missed.sum(1), free.sum(1))
-    taken = jnp.zeros_like(free).at[jnp.arange(parts)[:, None], order].set(jnp.arange(each) < wanted[:, None])
-    chosen = jnp.sort(jnp.where(taken, index, slots), axis=1)  # in slot order, as the kernel gives them
-    turn = jnp.cumsum(missed, axis=1) - 1
-    got = missed & (turn < wanted[:, None])
-    target = jnp.take_along_axis(chosen, jnp.where(got, turn, 0), axis=1)
-    page_slot = page_slot.at[jnp.where(taken & (held >= 0), held, page_slot.shape[0])].set(-1, mode="drop")
-    page_slot = page_slot.at[jnp.where(got, ids, page_slot.shape[0])].set(target, mode="drop")
-    slot_page = slot_page.at[jnp.where(got, target, slots)].set(ids, mode="drop")
-    return page_slot, slot_page, jnp.where(got, -2 - target, slot), count - missed.sum(1)
-
-
-def pages_through_bank(ids, source, live, store, kept):
-    """The listed pages [K, M, 2, g, H] from bank or store, and the bank's pages with those put there."""
-    hit, filled = live & (source >= 0), live & (source < -1)
-    pages = jax.vmap(lambda pages, ids: pages[ids])(store, jnp.where(live, ids, 0))
-    from_bank = jax.vmap(lambda pages, slots: pages[slots])(kept, jnp.where(hit, source, 0))
-    pages = jnp.where(hit[:, :, None, None, None], from_bank, pages)
-    slot = jnp.where(filled, -2 - source, kept.shape[1])
-    return pages, jax.vmap(lambda kept, slot, pages: kept.at[slot].set(pages, mode="drop"))(kept, slot, pages)
-
-
 def page_attention(query, ids, counts, store, heads, parts, *, scale):
     live = live_places(ids, counts, parts)
     pages = jax.vmap(lambda pages, ids: pages[ids])(store, jnp.where(live, ids, 0))

@@ -57,16 +57,19 @@ def scan_beside_windows(
     routing.check_sketch(prepared.chunk_scores.shape[1], codes.shape[1], group_size)
     rules = {"heads": query.shape[1], "group_size": group_size, "scale": scale}
     how = {"implementation": implementation, "interpret": interpret}
-    if implementation != "pallas":
+    if implementation == "xla":
         scores = routing.scan(prepared, codes, scales, middle, config=scan_config, **rules, **how)
         windows = attention.window_attention(query, window, valid, pages=pages, fresh=fresh, scale=scale, config=config, **how)
         return Scanned(scores, windows, jnp.zeros(query.shape[0], jnp.int32))
-    scores, finished, (acc, stats, *after) = kernel.scan_beside_windows(
+    if implementation != "pallas":
+        raise ValueError(f"{implementation=}: choose pallas or xla")
+    scores, partials, finished, acc, stats, *after = kernel.scan_beside_windows(
         query, prepared, codes, scales, middle, window, valid, pages, fresh,
         group_size=group_size, scale=scale, scan_config=scan_config or routing.Config(), config=config or attention.Config(),
         interpret=interpret,
     )  # fmt: skip
-    return Scanned(routing.Scores(*scores), attention.Windows(attention.Partial(acc, stats), *after or (window,)), finished)
+    windows = attention.Windows(attention.Partial(acc, stats), *after or (window,))
+    return Scanned(routing.Scores(scores, partials), windows, finished)
 
 
 def attend_selected(

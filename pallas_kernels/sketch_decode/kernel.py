@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,17 +16,18 @@ from pallas_kernels.routed_decode_attention.kernel import (
     attend_pages,
     check_store,
     load_query,
-    merge_heads,
+    merge,
+    merge_all_heads,
     partial_shapes,
-    place_pages,
     window_job,
     window_program,
     write_partial,
 )
+from pallas_kernels.sketch_decode.bank import place_pages
 from pallas_kernels.sketch_routing import Config as ScanConfig
 from pallas_kernels.sketch_routing.kernel import Listing, check_scan, scan_program, scan_shapes, select_program
 
-SCANNED = 5  # arrays that the scan reads
+SCAN_READS = 5  # arrays
 
 
 def _scan_and_windows_kernel(
@@ -38,7 +39,7 @@ def _scan_and_windows_kernel(
     config: AttentionConfig,
     rules: dict,
 ):
-    scan_in, refs = refs[:SCANNED], refs[SCANNED:]
+    scan_in, refs = refs[:SCAN_READS], refs[SCAN_READS:]
     window_in, scan_out, finished_ref, window_out = refs[:windows], refs[windows : windows + 2], refs[windows + 2], refs[windows + 3 :]
     k, program = pl.program_id(0), pl.program_id(1)
     splits = config.beside_splits
@@ -63,8 +64,8 @@ def _scan_and_windows_kernel(
 def scan_beside_windows(
     query, prepared, codes, scales, middle, window, valid, pages, fresh, *,
     group_size: int, scale: float, scan_config: ScanConfig, config: AttentionConfig, interpret: bool,
-) -> tuple[list[jax.Array], jax.Array, list[jax.Array]]:  # fmt: skip
-    """(scores and partial results of the scan, zeros for attend_selected to count in, what window_attention returns)."""
+) -> tuple[jax.Array, ...]:  # fmt: skip
+    """Scores and partial results of the scan, zeros for attend_selected to count in, what window_attention returns."""
     kv_heads, chunks, padded = prepared.chunk_scores.shape
     check_scan(codes, codes.shape[1] // chunks, group_size)
     job = window_job(query, window, valid, pages, fresh, config.beside_splits)
@@ -75,18 +76,21 @@ def scan_beside_windows(
         _scan_and_windows_kernel, windows=len(job.arrays), group_size=group_size, scale=scale, scan_config=scan_config, config=config,
         rules=job.rules,
     )  # fmt: skip
-    out = pl.pallas_call(
+    found = pl.pallas_call(
         kernel,
         grid=(kv_heads, config.beside_splits + scan_config.scan_programs),
         in_specs=[pl.no_block_spec] * len(arrays),
         out_specs=[pl.no_block_spec] * len(shapes),
         out_shape=shapes,
-        input_output_aliases={SCANNED + array: 3 + result for array, result in job.aliases.items()},
+        input_output_aliases={SCAN_READS + array: 3 + result for array, result in job.aliases.items()},
         compiler_params=plgpu.CompilerParams(num_warps=scan_config.scan_warps, num_stages=scan_config.scan_stages),
         interpret=interpret,
-        name="scan_beside_windows",
+        name="sketch_scan_beside_windows",
     )(*arrays)
-    return out[:2], out[2], out[3:]
+    return tuple(found)
+
+
+BANK = 3  # arrays of a bank
 
 
 class Rules(NamedTuple):
@@ -107,17 +111,22 @@ def _attend_selected_kernel(
     *refs,  # with a bank: pages [K, slots, 2, g, H], page_slot [K, P] i32, slot_page [K, slots] i32, device; then out, device:
     # out [K, G, H]; stamps; ids [K, parts * room] i32, count [K, parts] i32; counts, unopened; acc [K, parts, G, H], stats [K, parts, 2, G]
     # f32; finished, in place; with a bank hits [K, parts], source and victims [K, parts * room] i32, and the bank, in place
+    banked: bool,
     rules: Rules,
     scan_config: ScanConfig,
     config: AttentionConfig,
-    wait: Any,
+    interpret: bool,
 ):  # fmt: skip
-    banked = len(refs) > 9
-    refs = refs[3:] if banked else refs
+    refs = refs[BANK:] if banked else refs
     out_ref, stamps_out_ref, ids_ref, count_ref, counts_ref, unopened_ref, acc_ref, stats_ref, finished_out_ref, *bank_refs = refs
     k, part = pl.program_id(0), pl.program_id(1)
     parts = count_ref.shape[1]
     begin = part * rules.room
+
+    def wait():  # until all threads of the program see what each wrote; the interpreter runs a program's lines one after the other
+        if not interpret:
+            plgpu.debug_barrier()
+
     listed = select_program(
         k, part, scores_ref, partial_ref, window_ref, stamps_ref, chunks_ref, stamps_out_ref, counts_ref, unopened_ref,
         Listing(ids_ref, count_ref), pages_per_chunk=rules.pages_per_chunk, threshold=rules.threshold, config=scan_config,
@@ -135,22 +144,26 @@ def _attend_selected_kernel(
     query = load_query(query_ref, k, rules.scale)
     found = attend_pages(query, k, begin, listed, 0, 1, config.selected_tile_pages, ids_ref, store_ref, **through_bank)
     write_partial(acc_ref, stats_ref, k, part, found)
+    if not config.merge_in_launch:
+        return
 
-    # Who is last of the kv head's programs merges what all of them wrote. All threads' writes come before the barrier, it before one
-    # thread's addition (which releases and acquires), the addition before the barrier that its result is handed around by.
+    # The last of the kv head's programs to get here merges what all of them wrote, and sees all of it. In the words of the PTX memory
+    # model: a program's writes come before its barrier (bar.sync), which comes before one thread's addition (atom.acq_rel.gpu, a release
+    # of them); an addition that counts to `parts` has read from all the others, an acquire, and comes before the second barrier, by which
+    # its result is handed to all threads, and that before their reads. Nothing of acc and stats was read before, so none is in the cache
+    # of the multiprocessor. The sum is taken in the order of the parts whoever takes it: the same bits every time.
     wait()
     before = plgpu.atomic_add(finished_out_ref, (k,), jnp.int32(1))
 
     @pl.when(before == parts - 1)
     def _():
-        heads = jnp.arange(pl.next_power_of_2(query_ref.shape[1]))
-        merge_heads(k, heads, [(window_acc_ref, window_ref), (acc_ref, stats_ref)], out_ref)
+        merge_all_heads(k, [(window_acc_ref, window_ref), (acc_ref, stats_ref)], out_ref)
 
 
 def attend_selected(
     query, scores, windows, stamps, chunks, store, finished, bank, *,
     parts: int, rules: Rules, scan_config: ScanConfig, config: AttentionConfig, interpret: bool,
-) -> list[jax.Array]:  # fmt: skip
+) -> tuple[jax.Array, ...]:  # fmt: skip
     """out, stamps, counts, unopened (, hits, the bank's arrays)."""
     kv_heads, heads, head_dim = query.shape
     check_store(store)
@@ -166,12 +179,14 @@ def attend_selected(
     aliases = {4: 1, 8: 8}
     if bank is not None:
         check_offsets(bank=bank[0])
-        aliases |= {9 + i: len(shapes) + 3 + i for i in range(3)}
+        aliases |= {9 + i: len(shapes) + 3 + i for i in range(BANK)}
         shapes += [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((kv_heads, parts), *[(kv_heads, parts * rules.room)] * 2)]
         shapes += [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in bank]
-    wait = (lambda: None) if interpret else plgpu.debug_barrier  # the interpreter runs a program's lines one after the other
-    out, stamps, _, _, counts, unopened, _, _, _, *banked = pl.pallas_call(
-        partial(_attend_selected_kernel, rules=rules, scan_config=scan_config, config=config, wait=wait),
+    kernel = partial(
+        _attend_selected_kernel, banked=bank is not None, rules=rules, scan_config=scan_config, config=config, interpret=interpret
+    )
+    out, stamps, _, _, counts, unopened, acc, stats, _, *banked = pl.pallas_call(
+        kernel,
         grid=(kv_heads, parts),
         in_specs=[pl.no_block_spec] * len(arrays),
         out_specs=[pl.no_block_spec] * len(shapes),
@@ -181,4 +196,6 @@ def attend_selected(
         interpret=interpret,
         name="attend_selected",
     )(*arrays)
-    return [out, stamps, counts, unopened, *(banked[:1] + banked[3:] if banked else [])]
+    if not config.merge_in_launch:
+        [out] = merge([windows, (acc, stats)], query.dtype, (), config=config, interpret=interpret)
+    return out, stamps, counts, unopened, *(banked[:1] + banked[3:])
