@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import SingleDeviceSharding
 
 from pallas_kernels import routed_decode_attention as attention
 from pallas_kernels import sketch_decode as decode
@@ -51,10 +52,14 @@ def the_bank_by_hand(held, visible, recency, now, parts):
 @pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("slots", [None, 5, 40, 96])
 def test_twelve_tokens_of_drifting_requests(run, slots):
-    """Outputs exact, stamps those of the pages asked for, the bank's tables as kept by hand and its pages the store's."""
+    """Outputs exact, stamps those of the pages asked for, the bank's tables as kept by hand and its pages the store's (on a GPU in pinned
+    host memory)."""
     how, config = settings(run)
     rng = np.random.default_rng(5)
-    store = jnp.asarray(rng.standard_normal((KV_HEADS, PAGES, 2, GROUP, HEAD_DIM)), jnp.float32)
+    history = rng.standard_normal((KV_HEADS, PAGES, 2, GROUP, HEAD_DIM)).astype(np.float32)
+    store = jnp.asarray(history)
+    if run == "native" and slots is not None:
+        store = jax.device_put(store, SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host"))
     window = jnp.asarray(rng.standard_normal((KV_HEADS, 3, 2, GROUP, HEAD_DIM)), jnp.float32)
     valid = np.array([GROUP, 0, 3], np.int32)
     stamps, bank, held = jnp.full((KV_HEADS, PAGES), -2, jnp.int32), None, None
@@ -64,7 +69,7 @@ def test_twelve_tokens_of_drifting_requests(run, slots):
     parts, _ = routing.list_shape(PAGES, PAGES)
 
     @jax.jit
-    def token(query, scores, windows, stamps, middle, bank):
+    def token(query, scores, windows, stamps, middle, store, bank):
         scanned = decode.Scanned(scores, windows, jnp.zeros(KV_HEADS, jnp.int32))
         rules = {"pages_per_chunk": 2, "threshold": 1e-4, "capacity": PAGES, "scale": 0.125}
         return decode.attend_selected(query, scanned, stamps, middle, store, bank=bank, **rules, **how, **config)
@@ -76,7 +81,7 @@ def test_twelve_tokens_of_drifting_requests(run, slots):
         wanted = [np.sort(rng.permutation(np.arange(first, first + 60))[: rng.integers(0, 30)]) for _ in range(KV_HEADS)]
         windows = attention.window_attention(query, window, jnp.asarray(valid), scale=0.125, config=config["config"], **how)
         middle = routing.middle_of(jnp.int32(now), jnp.int32(now), 0, 1)
-        out = token(query, asked_for(wanted, HEADS), windows, stamps, middle, bank)
+        out = token(query, asked_for(wanted, HEADS), windows, stamps, middle, store, bank)
         stamps, bank = out.stamps, out.bank
         visible = []
         for k in range(KV_HEADS):
@@ -85,7 +90,7 @@ def test_twelve_tokens_of_drifting_requests(run, slots):
             visible.append(sorted({*seen, *wanted[k].tolist()}))
         np.testing.assert_array_equal(stamps, expected_stamps)
         np.testing.assert_array_equal(out.counts[..., 0].sum(1), [len(pages) for pages in visible])
-        expected = reference_attention(query, window, valid, store, visible, None, 0.125)
+        expected = reference_attention(query, window, valid, history, visible, None, 0.125)
         np.testing.assert_allclose(out.out, expected, atol=1e-5)
         for k in range(KV_HEADS if slots is not None else 0):
             after, hits = the_bank_by_hand(held[k], visible[k], expected_stamps[k], now, parts)
@@ -96,7 +101,7 @@ def test_twelve_tokens_of_drifting_requests(run, slots):
             page_slot = np.full(PAGES, -1)
             page_slot[after[after >= 0]] = np.nonzero(after >= 0)[0]
             np.testing.assert_array_equal(bank.page_slot[k], page_slot)
-            np.testing.assert_array_equal(bank.pages[k, after >= 0], store[k, after[after >= 0]])
+            np.testing.assert_array_equal(bank.pages[k, after >= 0], history[k, after[after >= 0]])
     assert slots is None or (evictions and (total or slots < 40))
 
 

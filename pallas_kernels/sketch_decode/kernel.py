@@ -147,11 +147,10 @@ def _attend_selected_kernel(
     if not config.merge_in_launch:
         return
 
-    # The last of the kv head's programs to get here merges what all of them wrote, and sees all of it. In the words of the PTX memory
-    # model: a program's writes come before its barrier (bar.sync), which comes before one thread's addition (atom.acq_rel.gpu, a release
-    # of them); an addition that counts to `parts` has read from all the others, an acquire, and comes before the second barrier, by which
-    # its result is handed to all threads, and that before their reads. Nothing of acc and stats was read before, so none is in the cache
-    # of the multiprocessor. The sum is taken in the order of the parts whoever takes it: the same bits every time.
+    # The last of the kv head's programs to get here merges what all of them wrote, and sees all of it, as a grid barrier does: a program's
+    # writes, its barrier (bar.sync), one thread's addition (atom.acq_rel.gpu: the compiler puts a fence before it and invalidates the
+    # first-level cache after it), the barrier by which its result is handed to all threads, their reads. Which program is the last
+    # changes no bit of the sum: it is taken in the order of the parts.
     wait()
     before = plgpu.atomic_add(finished_out_ref, (k,), jnp.int32(1))
 
