@@ -50,6 +50,10 @@ class How:
         """Arguments of the operations of sketch_routing."""
         return self.plain() | ({"config": sketch_routing.Config(unpack="arithmetic", scan_programs=2)} if self.interpret else {})
 
+    def together(self) -> dict[str, Any]:
+        """Arguments of the operations of sketch_decode."""
+        return self.attention() | {"scan_config": self.sketch().get("config")}
+
 
 def cannot_decode(config: HGAConfig, heads: int, kv_heads: int, capacity: int, head_dim: int) -> str | None:
     """Why the kernels cannot decode this shape; None when they can."""
@@ -89,11 +93,7 @@ def decode_token(
     scale: float,
     how: How,
 ) -> tuple[Float[Array, "N H"], LayerState, Stats]:
-    """Append the token at `position` and attend from it. `close_chunk` must have been called when the chunk before was full.
-
-    Windows, carried pages and routing do not wait for each other: the compiler may run them side by side (see programs.decode_tokens), so
-    that pages come over PCIe while the sketches are scanned.
-    """
+    """Append the token at `position` and attend from it. `close_chunk` must have been called when the chunk before was full."""
     query, shape = query.reshape(key.shape[0], -1, key.shape[1]), query.shape
     attend = _attend_requested if config.policy == "paper" else _attend_remembered
     out, state, tally = attend(query, FreshToken(key, value, _place(position, config)), state, position, config, scale, how)
@@ -166,10 +166,8 @@ def _attend_remembered(
     middle = _middle(position, config)
     scanned, state = _scan(query, fresh, state, position, middle, config, scale, how)
     bank = getattr(state.history, "bank", None)
-    found = attend_selected(
-        query, scanned, state.stamps, middle, state.history.pages, bank=bank, scale=scale, **_selection(query, state, config),
-        scan_config=how.sketch().get("config"), **how.attention(),
-    )  # fmt: skip
+    settings = _selection(query, state, config) | how.together() | {"scale": scale}
+    found = attend_selected(query, scanned, state.stamps, middle, state.history.pages, bank=bank, **settings)
     if bank is not None:
         state = replace(state, history=replace(state.history, bank=found.bank))
     tally = Tally(found.counts, found.counts[..., 0].sum() / query.shape[0], found.unopened, found.hits)
@@ -184,6 +182,8 @@ def _comes_early(state: LayerState) -> bool:
 def _attend_early(
     query: Float[Array, "K G H"], fresh: FreshToken, state: LayerState, position: Array, config: HGAConfig, scale: float, how: How
 ) -> tuple[Float[Array, "K G H"], LayerState, Tally]:
+    """Windows and sketches, and the pages that are open anyway, do not wait for each other: the compiler may run them side by side (see
+    programs.decode_tokens)."""
     settings, store = how.attention() | {"scale": scale}, state.history.pages
     before = state.carried or carried_pages(state, position, config, how)
     carried = page_attention(query, *before, store, parts=before.count.shape[1], **settings)
@@ -221,7 +221,7 @@ def _scan(
     prepared = sketch_routing.prepare(query, jnp.asarray(built_in_rotation(query.shape[2])), summaries.means, middle, **how.plain())
     scanned = scan_beside_windows(
         query, prepared, summaries.codes, summaries.scales, middle, **_windows_of(state, position, config), fresh=fresh, scale=scale,
-        scan_config=how.sketch().get("config"), **how.attention(),
+        **how.together(),
     )  # fmt: skip
     return scanned, _with_windows(state, scanned.windows.window)
 
