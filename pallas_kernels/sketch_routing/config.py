@@ -28,6 +28,8 @@ class Config:
         for name in ("block_chunks", "scan_programs", "scan_warps", "select_pages", "select_warps"):
             if not power_of_two(getattr(self, name)):
                 raise ValueError(f"{name}={getattr(self, name)} must be a power of two")
+        if self.scan_stages < 1:
+            raise ValueError(f"scan_stages={self.scan_stages} must be at least 1")
         if self.select_pages > 32768:
             raise ValueError(f"select_pages={self.select_pages} must be at most 32768: two counts share an int32 prefix sum")
         if self.unpack not in ("asm", "arithmetic"):
