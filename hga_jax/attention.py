@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from hga_jax.backend import AttentionBackend, Stats, attend_whole, dense_stats, fits_cudnn
-from hga_jax.blocks import LayerState, Opened, attend, attend_and_keep, new_state, summarise_new
+from hga_jax.blocks import LayerState, Opened, attend, attend_and_keep, new_state, summarise_new, with_query_energy
 from hga_jax.cache import DeviceHistory, HostHistory
 from hga_jax.cache.host import put_on_device, put_on_host
 from hga_jax.cache.window import window_places
@@ -50,7 +50,8 @@ class HGAAttention(AttentionBackend):
     "pallas", "xla", or "interpret": the kernels in Pallas' interpreter, for tests.
 
     With the sketch policy any split of a prompt into prefill calls and decode steps gives the same result; with screening (see HGAConfig)
-    nearly: candidates are not remembered from one call to the next, and decode scans everything. With the paper policy the new
+    nearly: candidates are not remembered from one call to the next, and decode scans everything. With scan_pairs any split into prefill
+    calls does, and decode again scans everything. With the paper policy the new
     queries of a chunk share their cuts, so results depend on the split inside the chunk where a call starts or ends.
     """
 
@@ -99,6 +100,7 @@ class HGAAttention(AttentionBackend):
         start = state.length
         state = replace(state, history=state.history.append(key, value, count))
         state = summarise_new(state, start, key.shape[0], self.config, policy)
+        state = with_query_energy(state, query, start, count, self.config)
         implementation = None if self.implementation == "interpret" else self.implementation
 
         def routed(_: None) -> tuple[Array, Array | None, Stats]:
@@ -320,7 +322,9 @@ def _attend_batch(
     policy = policy_for(config, rope, query.shape[-1], scale, rotation)
 
     def one(q: Array, k: Array, v: Array, start: Array, count: Array) -> tuple[Array, AttentionStats]:
-        out, visible, _, stats, _ = _attend(q, start, count, _whole_state(k, v, config, policy), config, policy, scale, implementation)
+        out, visible, _, stats, _ = _attend(
+            q, start, count, _whole_state(q, k, v, start, count, config, policy), config, policy, scale, implementation
+        )
         return out, AttentionStats(visible, stats)
 
     return _each_sequence(one, query, key, value, start, count)
@@ -337,9 +341,9 @@ def _attend(
     implementation: Implementation | None,
     keep: bool = False,
 ) -> tuple[Float[Array, "T N H"], Int[Array, "T N"], LayerState, Stats, Opened | None]:
-    """All blocks at once by kernels where they run, or where screening is wanted; else block by block. See blocks.attend_and_keep."""
+    """All blocks at once by kernels where they run, or where the settings want lists; else block by block. See blocks.attend_and_keep."""
     chosen = choose("hga prefill", implementation, unsupported(query, state.history.pages, config.chunk_size, config.group_size))
-    if query.shape[0] > 1 and (chosen == "pallas" or (config.screening == "on" and config.policy == "sketch")):
+    if query.shape[0] > 1 and (chosen == "pallas" or config.lists_pages):
         return attend_listed(query, start, count, state, config, policy, scale, chosen)
     if keep:
         return attend_and_keep(query, start, count, state, config, policy, scale)
@@ -350,7 +354,7 @@ def _attend_forward(query, key, value, start, count, rotation, config, rope, sca
     policy = policy_for(config, rope, query.shape[-1], scale, rotation)
 
     def one(q: Array, k: Array, v: Array, start: Array, count: Array) -> tuple[Array, AttentionStats, Opened]:
-        state = _whole_state(k, v, config, policy)
+        state = _whole_state(q, k, v, start, count, config, policy)
         out, visible, _, stats, opened = _attend(q, start, count, state, config, policy, scale, implementation, keep=True)
         return out, AttentionStats(visible, stats), opened
 
@@ -377,11 +381,20 @@ def _attend_backward(config, rope, scale, implementation, kept, cotangents) -> t
 _attend_batch.defvjp(_attend_forward, _attend_backward)
 
 
-def _whole_state(key: Float[Array, "S K H"], value: Float[Array, "S K H"], config: HGAConfig, policy: Policy) -> LayerState:
-    """The state that holds all tokens of one sequence."""
+def _whole_state(
+    query: Float[Array, "T N H"],
+    key: Float[Array, "S K H"],
+    value: Float[Array, "S K H"],
+    start: Int[Array, ""],
+    count: Int[Array, ""],
+    config: HGAConfig,
+    policy: Policy,
+) -> LayerState:
+    """The state that holds all tokens of one sequence, ready for its queries."""
     history = _whole_history(key, value, config)
     state = new_state(history, key.dtype, config, policy)
-    return summarise_new(state, jnp.int32(0), history.capacity, config, policy)
+    state = summarise_new(state, jnp.int32(0), history.capacity, config, policy)
+    return with_query_energy(state, query, start, count, config)
 
 
 def _whole_history(key: Float[Array, "S K H"], value: Float[Array, "S K H"], config: HGAConfig) -> DeviceHistory:
@@ -415,7 +428,7 @@ def opened_pages(
     policy = policy_for(config, rope, query.shape[-1], scale, rotation)
 
     def one(q: Array, k: Array, v: Array) -> Array:
-        state = _whole_state(k, v, config, policy)
+        state = _whole_state(q, k, v, start, jnp.int32(len(q)), config, policy)
         opened = _attend(q, start, jnp.int32(len(q)), state, config, policy, scale, None, keep=True)[4]
         blocks, kv_heads, lists, _ = opened.pages.shape
         heads, rows = q.shape[1], opened.peaks.shape[-1]

@@ -22,6 +22,7 @@ from hga_jax.routing import Selection
 from hga_jax.summaries import empty, write
 from pallas_kernels.dispatch import on_cuda
 from pallas_kernels.paper_routing import empty_marks
+from pallas_kernels.sketch_prefill_routing.pairs import query_energy
 from pallas_kernels.sketch_routing import PageList
 
 BLOCKS_AT_ONCE = 4  # blocks that share windows and scoring: 256 queries, twice the matmul speed of 64 on a CPU
@@ -38,8 +39,10 @@ class LayerState:
     """What HGA keeps of one layer and one sequence.
 
     history: K/V of all tokens (any tier). summaries: the policy's pytree; entries of chunks still open are provisional and never read.
-    stamps: for policies that remember requests, the last chunk in which a query requested the page (-2: never); else None.
+    stamps: for policies that remember requests, the last chunk in which a query requested the page (-2: never), or, where votes keep pages
+    open, what pallas_kernels.votes says; else None.
     marks: for the others, scratch of the decode kernels, all zero between tokens; else None.
+    energy: where prefill scans by rotary pairs, the summed squares of the first config.unrouted queries by pair; else None.
     carried: inside a decode loop, the pages that earlier requests leave open for the next token (sketch_routing.PageList); else None.
     """
 
@@ -47,6 +50,7 @@ class LayerState:
     summaries: Any
     stamps: Int[Array, "K P"] | None
     marks: Int[Array, "K P1"] | None = None
+    energy: Float[Array, "K half"] | None = None
     carried: PageList | None = None
 
     @property
@@ -362,4 +366,14 @@ def new_state(history: Any, dtype: Any, config: HGAConfig, policy: Policy) -> La
     summaries = empty(policy.summarise, history.kv_heads, history.capacity, history.head_dim, dtype)
     pages = history.capacity // config.group_size
     marks = None if policy.remembers else empty_marks(history.kv_heads, pages)
-    return LayerState(history, *varying_like((summaries, policy.new_stamps(history.kv_heads, pages), marks), history.pages))
+    energy = jnp.zeros((history.kv_heads, history.head_dim // 2)) if config.scan_pairs and policy.remembers else None
+    return LayerState(history, *varying_like((summaries, policy.new_stamps(history.kv_heads, pages), marks, energy), history.pages))
+
+
+def with_query_energy(
+    state: LayerState, query: Float[Array, "T N H"], start: Int[Array, ""], count: Int[Array, ""], config: HGAConfig
+) -> LayerState:
+    """The state after `count` queries from position `start` on were seen."""
+    if state.energy is None:
+        return state
+    return replace(state, energy=state.energy + query_energy(query, len(state.energy), start, count, config.unrouted))

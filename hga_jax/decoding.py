@@ -76,7 +76,8 @@ def early_pages(state: LayerState, position: Int[Array, ""], config: HGAConfig, 
 def carried_pages(state: LayerState, position: Int[Array, ""], config: HGAConfig, how: How) -> PageList:
     """The pages open to the token at `position` whatever it asks for."""
     own_chunk = position // config.chunk_size
-    return sketch_routing.carried_pages(state.stamps, own_chunk, capacity=_capacity(state, config), **how.sketch())
+    rules = {"capacity": _capacity(state, config), "votes": config.votes_to_keep}
+    return sketch_routing.carried_pages(state.stamps, own_chunk, **rules, **how.sketch())
 
 
 def _capacity(state: LayerState, config: HGAConfig) -> int:
@@ -203,7 +204,8 @@ def _middle(position: Int[Array, ""], config: HGAConfig) -> Int[Array, " 4"]:
 
 def _selection(query: Float[Array, "K G H"], state: LayerState, config: HGAConfig) -> dict[str, Any]:
     threshold = config.threshold_for(query.shape[1])
-    return {"pages_per_chunk": config.groups_per_chunk, "threshold": threshold, "capacity": _capacity(state, config)}
+    voting = {"votes": config.votes_to_keep, "vote_share": config.vote_share}
+    return {"pages_per_chunk": config.groups_per_chunk, "threshold": threshold, "capacity": _capacity(state, config)} | voting
 
 
 def _scan(

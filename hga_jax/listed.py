@@ -42,7 +42,7 @@ def attend_listed(
     Returns what blocks.attend_and_keep does; visible keys and what was opened cost nothing where they are not used.
     """
     length, heads, _ = query.shape
-    lists = policy.list_pages(query, state.history.pages, state.summaries, state.stamps, start, count, implementation)
+    lists = policy.list_pages(query, state.history.pages, state.summaries, state.stamps, start, count, implementation, state.energy)
 
     @custom_batching.sequential_vmap  # kernels take one sequence
     def attention(*arrays: Array) -> tuple[Array, Array]:

@@ -19,7 +19,9 @@ from pallas_kernels.dispatch import Implementation
 from pallas_kernels.limits import power_of_two
 from pallas_kernels.sketch_prefill_routing import Rule, Screen, route
 from pallas_kernels.sketch_prefill_routing.keys import page_keys
+from pallas_kernels.sketch_prefill_routing.pairs import choose_dims, pair_keys
 from pallas_kernels.sketch_prefill_routing.sketches import sketch_pages
+from pallas_kernels.votes import NEVER
 
 SCORES_AT_ONCE = 64 * 2**20  # chunk scores held at once by `list_top`, in elements
 
@@ -46,9 +48,9 @@ class Policy(NamedTuple):
     request: (query [K, B, G, Q, H] of B neighbouring chunks, live [B, Q], their chunks [B], summaries, log of the window scores' summed
     exponentials [K, B, G, Q]) -> what those queries ask for, any pytree; needs nothing of what was requested before.
     grant: (requests, b, chunk of block b, stamps) -> routing.Granted: the pages open to block b; called block by block.
-    list_pages: (query [T, N, H], pages of a device history, summaries, stamps, first position, live queries, implementation) -> PageLists:
-    request and grant for all blocks at once.
-    remembers: whether requests outlive their block; then `grant` takes and returns a stamp a page.
+    list_pages: (query [T, N, H], pages of a device history, summaries, stamps, first position, live queries, implementation, energy of
+    the sequence's first queries or None) -> PageLists: request and grant for all blocks at once.
+    remembers: whether requests outlive their block; then `grant` takes and returns a stamp a page. never: that of one not requested yet.
     """
 
     summarise: Callable[[Float[Array, "K S H"]], Any]
@@ -57,16 +59,18 @@ class Policy(NamedTuple):
     grant: Callable[..., Granted]
     list_pages: Callable[..., PageLists]
     remembers: bool
+    never: int = -2
 
     def new_stamps(self, kv_heads: int, pages: int) -> Int[Array, "K P"] | None:
         """Stamps of pages never requested."""
-        return jnp.full((kv_heads, pages), -2, jnp.int32) if self.remembers else None
+        return jnp.full((kv_heads, pages), self.never, jnp.int32) if self.remembers else None
 
 
 def policy_for(
     config: HGAConfig, rope: RopeConfig | None, head_dim: int, scale: float, rotation: Array | np.ndarray | None = None
 ) -> Policy:
-    """The functions of config.policy, their settings filled in. Raises ValueError when the policy needs a rope and none is given."""
+    """The functions of config.policy, their settings filled in. Raises ValueError when the policy needs a rope and none is given, or
+    config.scan_pairs is more than there are."""
     if config.policy == "paper":
         if config.summary == "mixed_rope" and rope is None:
             raise ValueError("summary='mixed_rope' needs rope=RopeConfig(theta=...): give the keys' rotation or choose summary='mean'")
@@ -78,15 +82,18 @@ def policy_for(
             partial(list_top, config=config),
             remembers=False,
         )
+    if config.scan_pairs > head_dim // 2:
+        raise ValueError(f"scan_pairs={config.scan_pairs}: keys of {head_dim} coordinates have {head_dim // 2} rotary pairs")
     fits_kernels = power_of_two(config.chunk_size) and power_of_two(config.group_size) and config.chunk_size >= 16
     rotation = jnp.asarray(built_in_rotation(head_dim) if rotation is None else rotation, jnp.float32)
     return Policy(
         partial(key_sketches, chunk_size=config.chunk_size, rotation=rotation),
         partial(sketch_new_pages, rotation=rotation) if fits_kernels else None,
         partial(request_by_threshold, config=config, rotation=rotation, scale=scale),
-        partial(grant_remembered, capacity=config.page_capacity),
+        partial(grant_remembered, capacity=config.page_capacity, votes=config.votes),
         partial(list_by_threshold, config=config, rotation=rotation, scale=scale),
         remembers=True,
+        never=NEVER if config.votes_to_keep else -2,
     )
 
 
@@ -98,6 +105,7 @@ def list_top(
     start: Int[Array, ""],
     count: Int[Array, ""],
     implementation: Implementation,
+    energy: None = None,
     *,
     config: HGAConfig,
 ) -> PageLists:
@@ -142,14 +150,16 @@ def list_by_threshold(
     start: Int[Array, ""],
     count: Int[Array, ""],
     implementation: Implementation,
+    energy: Float[Array, "K half"] | None = None,
     *,
     config: HGAConfig,
     rotation: Float[Array, "H H"],
     scale: float,
 ) -> PageLists:
-    """The sketch policy's requests and grants of all blocks of queries, screened where config says so."""
+    """The sketch policy's requests and grants of all blocks of queries, screened, or scanned in some rotary pairs, where config says so."""
     ratio = query.shape[1] // pages.shape[0]
-    rule = Rule(config.chunk_size, config.group_size, config.sink_chunks, config.local_chunks, scale)
+    windows = config.sink_chunks, config.local_chunks
+    rule = Rule(config.chunk_size, config.group_size, *windows, scale, votes=config.votes_to_keep, vote_share=config.vote_share)
     screen = None
     if config.screened(pages.shape[1] * config.group_size):
         screen = Screen(
@@ -162,17 +172,24 @@ def list_by_threshold(
         )
 
     @custom_batching.sequential_vmap  # kernels take one sequence
-    def run(query: Array, pages: Array, sketches: KeySketches, stamps: Array, start: Array, count: Array) -> tuple:
-        closed = (start + count) // config.chunk_size
-        keys = page_keys(
-            sketches.means, sketches.codes, sketches.scales, rotation, config.group_size, closed, implementation=implementation
-        )  # fmt: skip
-        found = route(
-            query, pages, keys, stamps, start, count, rule=rule, threshold=config.threshold_for(ratio), capacity=config.page_capacity,
-            screen=screen, implementation=implementation,
-        )  # fmt: skip
-        return tuple(found)
+    def run(query: Array, pages: Array, sketches: KeySketches, stamps: Array, start: Array, count: Array, energy: Array | None) -> tuple:
+        settings = {"rule": rule, "capacity": config.page_capacity, "implementation": implementation}
+        threshold = config.threshold_for(ratio)
 
-    arrays = lax.stop_gradient((query, pages, sketches, stamps, start, count))  # which pages are open has no gradient
+        def by_sketches() -> tuple:
+            closed = (start + count) // config.chunk_size
+            keys = page_keys(
+                sketches.means, sketches.codes, sketches.scales, rotation, config.group_size, closed, implementation=implementation
+            )  # fmt: skip
+            return tuple(route(query, pages, keys, stamps, start, count, threshold=threshold, screen=screen, **settings))
+
+        def by_pairs() -> tuple:
+            dims = choose_dims(energy, pages, config.unrouted // config.group_size, config.scan_pairs)
+            less = threshold * config.pairs_threshold_for(query.shape[-1])
+            return tuple(route(query, pages, pair_keys(pages, dims), stamps, start, count, threshold=less, **settings))
+
+        return by_sketches() if energy is None else lax.cond(jnp.any(energy > 0), by_pairs, by_sketches)
+
+    arrays = lax.stop_gradient((query, pages, sketches, stamps, start, count, energy))  # which pages are open has no gradient
     ids, since, counts, *rest = run(*arrays)
     return PageLists(ids[:, :, None], since[:, :, None], counts[:, :, None], *rest)

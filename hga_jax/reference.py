@@ -180,6 +180,7 @@ def _sketch(query, key, config, rope, rotation, query_start, scale):
     refused = 0
     for k in range(kv_heads):
         stamps = np.full(closed * pages, -2)  # the last chunk in which a page was requested
+        votes, kept, votes_of = np.zeros(closed * pages, int), np.zeros(closed * pages, bool), -1  # votes in chunk `votes_of`
         for t in range(length):
             position = query_start + t
             own = position // size
@@ -187,6 +188,10 @@ def _sketch(query, key, config, rope, rotation, query_start, scale):
             tokens = slice(config.sink_chunks * size, config.sink_chunks * size + len(middle) * config.group_size)
             windows = np.flatnonzero(_window_tokens(position, config))
             wanted = np.zeros(closed * pages, bool)
+            if own != votes_of:
+                kept = votes >= config.votes if own == votes_of + 1 else np.zeros_like(kept)
+                kept &= kept.cumsum() <= config.page_capacity
+                votes, votes_of = np.zeros_like(votes), own
             for n in range(k * ratio, (k + 1) * ratio):
                 exact = key[windows, k] @ query[t, n] * scale
                 q_rotated = query[t, n] @ rotation
@@ -195,12 +200,13 @@ def _sketch(query, key, config, rope, rotation, query_start, scale):
                 peak = max(exact.max(), score.max(initial=-np.inf))
                 mass = np.exp(score - peak) / (np.exp(exact - peak).sum() + np.exp(score - peak).sum())
                 wanted[middle[mass >= config.threshold_for(ratio)]] = True
+                votes[middle[mass >= config.threshold_for(ratio) * config.vote_share]] += 1
             requested[t, k] = wanted
-            seen = stamps >= own - 1
+            seen = (stamps == own) | kept if config.votes_to_keep else stamps >= own - 1
             room = config.page_capacity - int(seen.sum())
             fresh = np.flatnonzero(wanted & ~seen)
             refused += max(len(fresh) - room, 0)
             wanted[fresh[max(room, 0) :]] = False
             stamps[wanted] = own
-            opened[t, k * ratio : (k + 1) * ratio] = stamps >= own - 1
+            opened[t, k * ratio : (k + 1) * ratio] = (stamps == own) | kept if config.votes_to_keep else stamps >= own - 1
     return opened, requested, refused

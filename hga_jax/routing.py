@@ -15,6 +15,7 @@ from hga_jax.config import HGAConfig
 from hga_jax.pytree import register, varying_like
 from hga_jax.sketches import KeySketches, estimated_scores
 from hga_jax.summaries import KeySums
+from pallas_kernels.votes import is_open, stamp_of, votes_in
 
 SMALLEST_RUNG = 128  # chunks below which scoring fewer of them gains nothing
 CHUNKS_AT_ONCE = 16  # chunks whose sketches are read in one step of a scan: 1024 tokens, enough for full-speed matmuls
@@ -213,13 +214,15 @@ def grant_each(requests: Selection, block: Int[Array, ""], own_chunk: Int[Array,
 class PageRequests:
     """What the queries of B blocks ask for: length = Q of each of G heads, r = G * Q rows a block.
 
-    first: the first row of the block that asks for the page (Q: none). scores: estimated page scores, in tiles of `tile` pages as they were
+    first: the first row of the block that asks for the page (Q: none). votes: of a block's rows for the page; None where they do not count.
+    scores: estimated page scores, in tiles of `tile` pages as they were
     scanned (see _tile_start); exp(score - mass_unit) is a page's share of the row's attention mass. routed_mass: that of all routed pages
     together, 0 for rows that are not live.
     """
 
     length: int = field(metadata={"static": True})
     first: Int[Array, "B K P"]
+    votes: Int[Array, "B K P"] | None
     scores: Float[Array, "tiles K B r tile"]
     mass_unit: Float[Array, "K B r"]
     routed_mass: Float[Array, "K B r"]
@@ -270,7 +273,8 @@ def request_by_threshold(
     scores, peak, total = lax.fori_loop(0, tiles, score, varying_like(start, query))
     mass_unit = peak + jnp.log(total)
     row_live = jnp.broadcast_to(live[:, None], (blocks, ratio, length)).reshape(rows)
-    least = jnp.where(row_live, mass_unit + math.log(config.threshold_for(ratio)), jnp.inf)
+    threshold = config.threshold_for(ratio)
+    least = jnp.where(row_live, mass_unit + math.log(threshold), jnp.inf)
     row = jnp.arange(rows) % length
 
     def ask(tile: Array, first: Array) -> Array:
@@ -279,11 +283,19 @@ def request_by_threshold(
         before = lax.dynamic_slice_in_dim(first, begin, step, axis=2)
         return lax.dynamic_update_slice_in_dim(first, jnp.minimum(before, asking), begin, axis=2)
 
+    def vote(tile: Array, votes: Array) -> Array:
+        begin = _tile_start(tile, step, total_pages)
+        enough = scores[tile] >= (least + math.log(config.vote_share))[..., None]
+        fresh = enough.reshape(kv_heads, blocks, -1, step).sum(2).swapaxes(0, 1)
+        before = lax.dynamic_slice_in_dim(votes, begin, step, axis=2)
+        return lax.dynamic_update_slice_in_dim(votes, before + fresh, begin, axis=2)
+
     first = lax.fori_loop(0, tiles, ask, varying_like(jnp.full((blocks, kv_heads, total_pages), length), query))
+    votes = lax.fori_loop(0, tiles, vote, varying_like(jnp.zeros_like(first), query)) if config.votes_to_keep else None
     routed_mass = jnp.where(row_live, 1 - jnp.exp(window_mass - mass_unit), 0)
     by_block = (kv_heads, blocks, ratio * length)
     scores = scores.reshape(most_tiles, *by_block, step)
-    return PageRequests(length, first, scores, mass_unit.reshape(by_block), routed_mass.reshape(by_block))
+    return PageRequests(length, first, votes, scores, mass_unit.reshape(by_block), routed_mass.reshape(by_block))
 
 
 def _tile_start(tile: Int[Array, "*n"], step: int, total_pages: int) -> Int[Array, "*n"]:
@@ -292,21 +304,31 @@ def _tile_start(tile: Int[Array, "*n"], step: int, total_pages: int) -> Int[Arra
 
 
 def grant_remembered(
-    requests: PageRequests, block: Int[Array, ""], own_chunk: Int[Array, ""], stamps: Int[Array, "K P"], *, capacity: int
+    requests: PageRequests, block: Int[Array, ""], own_chunk: Int[Array, ""], stamps: Int[Array, "K P"], *, capacity: int, votes: int
 ) -> Granted:
     """Pages requested by a row are open to all heads of its kv head, from that row to the end of the next chunk, as far as there is room.
 
-    stamps: last chunk in which each page was requested, taken and returned. Strictly causal, and the same for a block of rows as for its
-    rows one by one.
+    Where votes count, to the end of the own chunk, and with `votes` of them to all of the next. stamps: last chunk in which each page was
+    requested, or what pallas_kernels.votes says, taken and returned. Strictly causal, and the same for a block of rows as for its rows one
+    by one.
     """
     first = requests.first[block]
     kv_heads, _, rows = requests.mass_unit.shape
     length = requests.length
-    carried = stamps >= own_chunk - 1
     capacity = min(capacity, stamps.shape[1])
-    fresh = _grant(jnp.where(carried, length, first), capacity - carried.sum(-1), length)
-    refused = jnp.sum((first < length) & ~carried & ~fresh)
-    stamps = jnp.where((first < length) & (carried | fresh), own_chunk, stamps)
+    if requests.votes is None:
+        kept = carried = stamps >= own_chunk - 1
+    else:
+        kept = is_open(stamps, own_chunk, votes)
+        carried = kept & (jnp.cumsum(kept, axis=-1) <= capacity)  # votes alone may keep more pages than there is room for
+    fresh = _grant(jnp.where(kept, length, first), capacity - carried.sum(-1), length)
+    refused = jnp.sum(((first < length) | kept) & ~carried & ~fresh)
+    if requests.votes is None:
+        stamps = jnp.where((first < length) & (carried | fresh), own_chunk, stamps)
+    else:
+        new = requests.votes[block]
+        after = stamp_of(own_chunk, kept | fresh, votes_in(stamps, own_chunk) + new)
+        stamps = jnp.where(new > 0, after, stamps)
 
     # The open pages in order of their ids, without a sort: slot n holds the page at which the running count reaches n + 1.
     count = jnp.cumsum(carried | fresh, axis=-1)

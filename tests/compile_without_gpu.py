@@ -1,6 +1,6 @@
 """Compile one layer's prefill and decode, kernels included, for an NVIDIA GPU that is not there: lowering, layouts, shared memory, ptxas.
 
-    python tests/compile_without_gpu.py h100|a100|rtx5090 [--policy sketch paper]
+    python tests/compile_without_gpu.py h100|a100|rtx5090 [--policy sketch paper sketch:votes=16,vote_share=0.1 sketch:scan_pairs=16]
 
 What interpret mode cannot catch, without device time. Needs the CUDA plugin (pip install -e '.[cuda]'; no driver, no GPU) and, where the
 compiler does not find ptxas, XLA_FLAGS="--xla_gpu_cuda_data_dir=DIR --xla_gpu_enable_libnvptxcompiler=false" with DIR/bin/ptxas and
@@ -56,7 +56,8 @@ def main() -> int:
     from hga_jax import programs
     from hga_jax.attention import HGAAttention
     from hga_jax.backend import Stats
-    from hga_jax.config import HGAConfig, ModelConfig, RopeConfig
+    from hga_jax.config import ModelConfig, RopeConfig
+    from hga_jax.eval.choices import parse_choices
     from hga_jax.model import Decoder
 
     description = DESCRIPTION.format(shared=shared, capability=capability, name=options.target)
@@ -75,8 +76,8 @@ def main() -> int:
     number, stats = there(jax.ShapeDtypeStruct((), jnp.int32)), there(jax.eval_shape(Stats.zero))
     rows, row = (there(jax.ShapeDtypeStruct(shape, jnp.bfloat16)) for shape in ((TOKENS, 2048), (2048,)))
     failed = 0
-    for policy in options.policy:
-        backend = HGAAttention(HGAConfig(policy=policy), config.rope)
+    for policy, hga in ((choice.name, choice.hga) for choice in parse_choices(options.policy)):
+        backend = HGAAttention(hga, config.rope)
         state = there(jax.eval_shape(lambda b=backend: b.init_state(TOKENS + 256, 4, 128, jnp.bfloat16)))
         traced = {
             "prefill": programs.prefill_layer.trace(layer, rows, number, number, state, stats, backend=backend, segment=16384),

@@ -19,8 +19,8 @@ def main() -> None:
     sequences = [tensors(50, heads=8, kv_heads=4, seed=seed) for seed in range(4)]
     q, k, v = (jnp.stack(x) for x in zip(*sequences, strict=True))
     d_out = jnp.asarray(np.random.default_rng(1).standard_normal(q.shape), jnp.float32)
-    screened = replace(SKETCH, screening="on")
-    for config, spec in ((SKETCH, BATCH), (screened, HEADS), (replace(PAPER, local_chunks=0), HEADS)):
+    screened, by_pairs = replace(SKETCH, screening="on"), replace(SKETCH, scan_pairs=3)
+    for config, spec in ((SKETCH, BATCH), (screened, HEADS), (by_pairs, HEADS), (replace(PAPER, local_chunks=0), HEADS)):
 
         def attend(q, k, v, d_out, config=config):
             out, pull = jax.vjp(lambda *x: hga_attention(*x, config=config, rope=ROPE), q, k, v)

@@ -88,14 +88,15 @@ def check_every_element(gradients, q, k, v, d_out, visible):
         np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.abs(theirs).max())
 
 
-def test_gradients_when_all_blocks_are_listed_at_once():
-    """The form that GPUs run, whose screening chooses pages of its own: gradients of what it opened."""
+@pytest.mark.parametrize(("change", "start"), [({"screening": "on"}, 37), ({"scan_pairs": 3}, 0)], ids=["screened", "pairs"])
+def test_gradients_when_all_blocks_are_listed_at_once(change, start):
+    """The form that GPUs run, which may choose pages by ways of its own: gradients of what it opened."""
     q, k, v = tensors(100)
-    q, config = q[37:], replace(SKETCH, screening="on")
+    q, config = q[start:], replace(SKETCH, **change)
     d_out = np.random.default_rng(1).standard_normal(q.shape)
-    gradients, visible_keys = loss_gradients(q, k, v, d_out, config, query_start=37)
-    opened = jax.jit(partial(opened_pages, config=config, query_start=37))(q[None], k[None], v[None])[0]
-    visible = visible_tokens(np.asarray(opened), config, 37, 100)
+    gradients, visible_keys = loss_gradients(q, k, v, d_out, config, query_start=start)
+    opened = jax.jit(partial(opened_pages, config=config, query_start=start))(q[None], k[None], v[None])[0]
+    visible = visible_tokens(np.asarray(opened), config, start, 100)
     np.testing.assert_array_equal(visible.sum(-1), visible_keys)
     assert 0 < np.mean(opened) < 0.5
     check_every_element(gradients, q, k, v, d_out, visible)

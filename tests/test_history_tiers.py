@@ -43,14 +43,17 @@ def decoded(decoder, backend, token, position, states, count):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("policy", ["sketch", "paper"])
-def test_every_tier_writes_the_same_text(decoder, policy):
+VOTES = {"votes": 6, "vote_share": 0.2}
+
+
+@pytest.mark.parametrize(("policy", "rule"), [("sketch", {}), ("sketch", VOTES), ("paper", {})], ids=["sketch", "votes", "paper"])
+def test_every_tier_writes_the_same_text(decoder, policy, rule):
     """132 tokens across nine chunk closings, a second prompt on top, then more."""
     rng = np.random.default_rng(0)
     prompt, turn = rng.integers(0, 64, 77), rng.integers(0, 64, 9)
     texts, totals = {}, {}
     for name in ("device", "bank") if policy == "sketch" else ("device", "host"):
-        backend = HGAAttention(HGAConfig(policy=policy, **SMALL), MODEL.rope, **TIERS[name])
+        backend = HGAAttention(HGAConfig(policy=policy, **SMALL, **rule), MODEL.rope, **TIERS[name])
         states = prefilled(decoder, backend, prompt, programs.new_states(decoder, backend, 256, jnp.float32))
         first, made, states, stats = decoded(decoder, backend, 3, 77, states, 132)
         assert int(made) == 132
@@ -66,9 +69,10 @@ def test_every_tier_writes_the_same_text(decoder, policy):
         assert 0 < totals["bank"].bank_hits < totals["bank"].bank_requests
 
 
-def test_kernels_give_the_same_outputs():
+@pytest.mark.parametrize("rule", [{}, VOTES], ids=["requests", "votes"])
+def test_kernels_give_the_same_outputs(rule):
     """The kernels, interpreted, over the host tier: one layer's outputs for ten tokens across a chunk closing."""
-    config = HGAConfig(**SMALL)
+    config = HGAConfig(**SMALL, **rule)
     plain, operations, kernels = (
         HGAAttention(config, **how) for how in ({}, {"tier": "host"}, {"tier": "host", "implementation": "interpret"})
     )

@@ -65,9 +65,10 @@ def compare(block_by_block, at_once):
             np.testing.assert_allclose(getattr(stats_2, field.name), getattr(stats, field.name), rtol=1e-4, atol=1e-3, err_msg=field.name)
 
 
-def test_prompt_in_two_calls_that_meet_inside_a_chunk():
+@pytest.mark.parametrize("voting", [{}, {"votes": 4, "vote_share": 0.5}], ids=["requests", "votes"])
+def test_prompt_in_two_calls_that_meet_inside_a_chunk(voting):
     """The second runs out of room: requests are refused in the same order."""
-    block_by_block, at_once = both(replace(CONFIG, page_capacity=18), [(120, 107), (120, 93)])
+    block_by_block, at_once = both(replace(CONFIG, page_capacity=18, **voting), [(120, 107), (120, 93)])
     compare(block_by_block, at_once)
     stats = [piece[3] for piece in block_by_block]
     assert stats[0].refused == 0

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,11 @@ import pytest
 
 from pallas_kernels.sketch_prefill_routing import Config, Rule, Screen, Tile, route
 from pallas_kernels.sketch_prefill_routing.keys import PageKeys, page_statistics, sketched_keys
+from pallas_kernels.sketch_prefill_routing.pairs import choose_dims, pair_keys, query_energy
 from pallas_kernels.sketch_prefill_routing.reference import reference_route
 from pallas_kernels.sketch_prefill_routing.sketches import sketch_pages, unsketch
 from pallas_kernels.sketch_routing import sketch_chunks
+from pallas_kernels.votes import stamp_of
 
 RUNS = ["xla", "interpret", pytest.param("native", marks=pytest.mark.gpu)]
 SMALL = Config(rows=16, means=Tile(16, 4, 1), tokens=Tile(16, 4, 1), list_pages=16)
@@ -58,30 +61,41 @@ def listed(lists, kv_heads, first, count):
 
 
 @functools.cache
-def program(run, head_dim, screen, capacity, threshold):
-    rules = {"rule": rule_of(head_dim), "threshold": threshold, "capacity": capacity, "screen": screen}
+def program(run, head_dim, screen, capacity, threshold, votes):
+    rule = dataclasses.replace(rule_of(head_dim), **votes._asdict())
+    rules = {"rule": rule, "threshold": threshold, "capacity": capacity, "screen": screen}
     return jax.jit(lambda q, p, s, st, f, c: route(q, p, PageKeys(s, *page_statistics(s)), st, f, c, **rules, **settings(run)))
 
 
-def run_route(run, data, first, count, stamps, screen=None, capacity=64, threshold=0.03):
+class Votes(NamedTuple):
+    votes: int = 0
+    vote_share: float = 1.0
+
+
+REQUESTS = Votes()  # any request keeps a page
+
+
+def run_route(run, data, first, count, stamps, screen=None, capacity=64, threshold=0.03, votes=REQUESTS):
     query, _, sketched, pages = data
-    call = program(run, query.shape[2], screen, capacity, threshold)
+    call = program(run, query.shape[2], screen, capacity, threshold, votes)
     return call(jnp.asarray(query), pages, sketched, jnp.asarray(stamps), jnp.int32(first), jnp.int32(count))
 
 
-def check(run, data, first, count, stamps, screen=None, capacity=64, threshold=0.03):
+def check(run, data, first, count, stamps, screen=None, capacity=64, threshold=0.03, votes=REQUESTS):
+    """stamps: with votes, the three numbers of the reference."""
     query, keys, sketched, _ = data
-    lists = run_route(run, data, first, count, stamps, screen, capacity, threshold)
+    packed = stamp_of(*stamps) if votes.votes else stamps
+    lists = run_route(run, data, first, count, packed, screen, capacity, threshold, votes)
     numbers = {"scale": query.shape[2] ** -0.5, "threshold": threshold, "capacity": capacity}
     shape = {"chunk_size": CHUNK, "group_size": GROUP, "sink_chunks": 1, "local_chunks": 1}
     by_token = np.asarray(sketched, np.float64).swapaxes(1, 2).reshape(keys.shape)
     pruned = screen and dataclasses.asdict(screen)
     expected, after, refused, unopened, closest = reference_route(
-        query, keys, by_token, stamps, first, count, **shape, **numbers, screen=pruned
+        query, keys, by_token, stamps, first, count, **shape, **numbers, screen=pruned, **votes._asdict()
     )
     assert closest > 1e-5, "pick another seed: float32 may decide otherwise"
     assert listed(lists, len(keys), first, count) == expected
-    np.testing.assert_array_equal(lists.stamps, after)
+    np.testing.assert_array_equal(lists.stamps, stamp_of(*after) if votes.votes else after)
     assert int(lists.refused) == refused
     np.testing.assert_allclose(lists.unopened, unopened, rtol=1e-4, atol=1e-4)
     return expected, refused
@@ -113,6 +127,21 @@ def test_call_that_starts_inside_a_chunk_with_requests_remembered_and_too_little
     assert refused > 0
 
 
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("capacity", [64, 5])
+def test_votes_keep_pages_open(run, capacity):
+    """A call that starts inside a chunk. Chunk 4's votes keep page 5, not page 7; 6 and 9 have votes of the own chunk, 6 is open there."""
+    data = problem(144, 70, heads=6, kv_heads=2, seed=5)
+    touched, opened, cast = (np.full((2, 36), fill, np.int32) for fill in (-2, 0, 0))
+    touched[:, [5, 6, 7, 9]], opened[:, [5, 6, 7, 9]], cast[:, [5, 6, 7, 9]] = [4, 5, 4, 5], [0, 1, 1, 0], [4, 1, 3, 3]
+    stamps, votes = np.stack([touched, opened, cast]), Votes(4, 0.4)
+    expected, refused = check(run, data, 5 * CHUNK + 3, 61, stamps, None, capacity, 0.06, votes)
+    first = 5 * CHUNK + 3
+    assert all({5, 6} <= pages[first] for pages in expected)
+    assert any(not {7, 9} <= pages[first] for pages in expected)
+    assert (refused > 0) == (capacity == 5)
+
+
 @pytest.mark.parametrize("run", RUNS[1:])
 @pytest.mark.parametrize("candidates", [1, 64])
 def test_candidates_with_and_without_room(run, candidates):
@@ -142,6 +171,65 @@ def test_no_query_sees_what_only_a_later_one_asked_for(screen):
     query[61:] = np.random.default_rng(9).standard_normal(query[61:].shape) * 3
     after = listed(run_route("xla", (query, *data[1:]), 0, 102, never(data), screen), 2, 0, 61)
     assert before == after
+
+
+def by_pairs(keys, dims):
+    """In float64: each key as its page's mean, but for the given coordinates."""
+    pages = keys.reshape(len(keys), -1, GROUP, keys.shape[2]).astype(np.float64)
+    means = np.broadcast_to(pages.mean(2, keepdims=True), pages.shape)
+    keep = np.zeros((len(keys), 1, 1, keys.shape[2]), bool)
+    for k, chosen in enumerate(np.asarray(dims)):
+        keep[k, ..., chosen] = True
+    return np.where(keep, pages, means).reshape(keys.shape)
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize(
+    ("first", "heads", "kv_heads", "head_dim", "pairs", "votes"),
+    [(0, 4, 2, 16, 2, Votes()), (5 * CHUNK + 3, 3, 1, 24, 5, Votes()), (7, 4, 2, 16, 3, Votes(3, 0.4))],
+)
+def test_scan_by_rotary_pairs(run, first, heads, kv_heads, head_dim, pairs, votes):
+    """A page counts as its mean key and, in the chosen pairs alone, its tokens' deviations from that."""
+    query, keys, _, pages = data = problem(144, 144 - first, heads, kv_heads, head_dim, seed=2)
+    dims = np.random.default_rng(0).permuted(np.tile(np.arange(head_dim // 2), (kv_heads, 1)), axis=1)[:, :pairs]
+    dims = np.concatenate([dims, dims + head_dim // 2], axis=1)
+    count, stamps = 140 - first, never(data)
+    if votes.votes:
+        stamps = np.stack([stamps, 0 * stamps, 0 * stamps])
+    rule = dataclasses.replace(rule_of(head_dim), **votes._asdict())
+    rules = {"rule": rule, "threshold": 0.03, "capacity": 64, **settings(run)}
+    call = jax.jit(lambda q, p, d, *rest: route(q, p, pair_keys(p, d), *rest, **rules))
+    packed = stamp_of(*stamps) if votes.votes else stamps
+    lists = call(jnp.asarray(query), pages, jnp.asarray(dims), jnp.asarray(packed), jnp.int32(first), jnp.int32(count))
+    expected, after, _, unopened, closest = reference_route(
+        query, keys, by_pairs(keys, dims), stamps, first, count, chunk_size=CHUNK, group_size=GROUP, sink_chunks=1, local_chunks=1,
+        scale=head_dim**-0.5, threshold=0.03, capacity=64, **votes._asdict(),
+    )  # fmt: skip
+    assert closest > 1e-5, "pick another seed: float32 may decide otherwise"
+    assert listed(lists, kv_heads, first, count) == expected
+    assert 0 < np.mean([len(seen) for seen in expected[0].values()]) < 20
+    np.testing.assert_array_equal(lists.stamps, stamp_of(*after) if votes.votes else after)
+    np.testing.assert_allclose(lists.unopened, unopened, rtol=1e-4, atol=1e-4)
+
+
+def test_pairs_are_chosen_by_the_energies_of_the_first_queries_and_keys():
+    """Calls that begin and end anywhere add up to the same energies; what lies behind the first positions counts for nothing."""
+    rng = np.random.default_rng(5)
+    query, keys = rng.standard_normal((100, 6, 16)), rng.standard_normal((2, 100, 16))
+    query, keys = query * rng.uniform(0.1, 3, 16), keys * rng.uniform(0.1, 3, (2, 1, 16)) + 20
+    query[64:], keys[:, 64:] = 1e3 * rng.standard_normal((36, 6, 16)), 1e3 * rng.standard_normal((2, 36, 16))
+    squares = (query[:64].reshape(64, 2, 3, 2, 8) ** 2).sum((0, 2, 3))
+    calls = ((0, 20, 20), (20, 30, 64), (50, 50, 50))  # first position, live, rows
+    energy = sum(
+        query_energy(jnp.asarray(np.resize(query[a:], (n, 6, 16)), jnp.float32), 2, jnp.int32(a), jnp.int32(c), 64) for a, c, n in calls
+    )
+    np.testing.assert_allclose(energy, squares, rtol=1e-5)
+    pages = keys.reshape(2, 25, GROUP, 16)
+    off = pages - pages.mean(2, keepdims=True)
+    products = squares * (off[:, :16].reshape(2, 16, GROUP, 2, 8) ** 2).sum((1, 2, 3))
+    best = np.sort(np.argsort(-products, axis=1)[:, :3], axis=1)
+    dims = choose_dims(energy, jnp.asarray(np.stack([pages, pages], axis=2), jnp.float32), 16, 3)
+    np.testing.assert_array_equal(dims, np.concatenate([best, best + 8], axis=1))
 
 
 def test_sketched_keys_are_what_the_sketches_say():

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from reference_cases import PAPER, SKETCH, check, tensors
 
@@ -31,12 +32,27 @@ def test_settings(changes):
         {"chunk_size": 12, "group_size": 3},
         {"sink_chunks": 0, "local_chunks": 0},
         {"sink_chunks": 4, "local_chunks": 0, "threshold": 0.3},
+        {"votes": 3, "vote_share": 0.3, "threshold": 0.05},
+        {"votes": 8, "vote_share": 0.2, "local_chunks": 0, "threshold": 0.1},
+        {"votes": 2, "vote_share": 0.3, "threshold": 0.05, "page_capacity": 7},
     ],
     ids=str,
 )
 def test_sketch_settings(changes):
     _, expected = check(*tensors(200), replace(SKETCH, **changes))
     assert 0 < expected.opened.mean() < 0.9
+
+
+def test_votes_keep_pages_that_nobody_asked_for():
+    """Some pages are open to a chunk though no query of it or of the one before asked for them, and others close that would have stayed."""
+    _, expected = check(*tensors(200), replace(SKETCH, votes=8, vote_share=0.1, threshold=0.1))
+    _, usual = check(*tensors(200), replace(SKETCH, threshold=0.1))
+    asked = expected.requested[:, 0].reshape(-1, 8, expected.requested.shape[-1])  # 25 half chunks of 8 queries
+    lately = np.maximum.accumulate(asked, axis=1).any(1)
+    lately = np.stack([lately[max(i - i % 2 - 2, 0) : i + 1].any(0) for i in range(25)])
+    opened = expected.opened[:, 0].reshape(25, 8, -1).any(1)
+    assert (opened & ~lately).any()
+    assert (usual.opened & ~expected.opened).any()
 
 
 def test_sketch_of_a_head_dim_that_does_not_fill_bytes():

@@ -12,6 +12,8 @@ from hga_jax.config import HGAConfig, RopeConfig
 
 ROPE = RopeConfig(10000.0)
 SKETCH = HGAConfig(chunk_size=16, group_size=4, sink_chunks=1, local_chunks=1, policy="sketch", threshold=0.15)
+PAIRS = replace(SKETCH, scan_pairs=3, threshold=0.1)
+VOTES = replace(SKETCH, votes=2, vote_share=0.5)
 PAPER = replace(SKETCH, policy="paper", top_chunks=2, top_groups=6)
 TOKENS = 150
 
@@ -36,7 +38,7 @@ def changed_after(t, arrays):
     return tuple(jnp.where(after, other, array) for array, other in zip(arrays, tensors(seed=7), strict=True))
 
 
-@pytest.mark.parametrize("config", [SKETCH, replace(SKETCH, page_capacity=4)], ids=["room", "full"])
+@pytest.mark.parametrize("config", [SKETCH, replace(SKETCH, page_capacity=4), PAIRS, VOTES], ids=["room", "full", "pairs", "votes"])
 def test_sketch_never_looks_ahead(config):
     run, arrays = runner(config), tensors()
     out, visible = run(*arrays)
@@ -62,7 +64,7 @@ def test_paper_looks_ahead_inside_the_last_chunk_only():
     assert displaced > 0  # what the paper's shared cut does: later queries take pages from earlier ones of their chunk
 
 
-@pytest.mark.parametrize("config", [SKETCH, replace(SKETCH, page_capacity=4)], ids=["room", "full"])
+@pytest.mark.parametrize("config", [SKETCH, replace(SKETCH, page_capacity=4), VOTES], ids=["room", "full", "votes"])
 def test_sketch_prefill_then_decode_is_prefill(config):
     """Any split into prefill calls and decode steps opens the same pages, and so remembers the same requests."""
     arrays = tensors()
@@ -86,6 +88,25 @@ def test_sketch_prefill_then_decode_is_prefill(config):
         np.testing.assert_allclose(jnp.concatenate(outs), expected, atol=5e-6)
         np.testing.assert_allclose(attended, totals.attended, rtol=1e-5)
     assert prefill._cache_size() == decode._cache_size() == 1
+
+
+def test_prefill_by_pairs_in_any_calls():
+    """Any split opens the same pages: the pairs are those of the first tokens. Stored histories know no queries: sketches then."""
+    arrays, backend = tensors(), HGAAttention(PAIRS)
+    prefill, empty = jax.jit(backend.prefill), backend.init_state(TOKENS, 2, 16, jnp.float32)
+    expected, visible = runner(PAIRS)(*arrays)
+    by_sketches, others = runner(replace(PAIRS, scan_pairs=0))(*arrays)
+    assert np.any(visible != others)
+    for split in ((90, 150), (7, 8, 50, 55, 100, 150)):
+        state, outs = empty, []
+        for start, end in zip((0, *split[:-1]), split, strict=True):
+            out, state, _ = prefill(*(jnp.roll(x, -start, axis=0) for x in arrays), state, jnp.int32(end - start))
+            outs.append(out[: end - start])
+        np.testing.assert_allclose(jnp.concatenate(outs), expected, atol=5e-6)
+    _, state, _ = prefill(*arrays, empty, jnp.int32(64))
+    state = replace(state, energy=jnp.zeros_like(state.energy))
+    out, _, _ = prefill(*(jnp.roll(x, -64, axis=0) for x in arrays), state, jnp.int32(86))
+    np.testing.assert_allclose(out[16:86], by_sketches[80:], atol=5e-6)
 
 
 def test_sketch_remembers_for_one_more_chunk():

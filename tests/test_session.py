@@ -122,6 +122,22 @@ def test_history_in_host_memory_is_brought_back(model, tmp_path, policy):
         assert_same_states(session._states, states)
 
 
+def test_scan_by_pairs_goes_on_by_sketches(model, tmp_path):
+    """Stored histories keep no queries, from whose energies the pairs were chosen."""
+    options = {"ctx": CTX, "hga": HGAConfig(**vars(HGA) | {"scan_pairs": 2})}
+    with model.session(tmp_path / "a", **options) as session:
+        turn(session, 1, 121)
+        before = [np.asarray(state.history.pages[:, :30]) for state in session._states]
+        assert all(np.any(state.energy) for state in session._states)
+    with model.session(tmp_path / "a", **options) as session:
+        assert len(turn(session, 2)) == 10
+        for state, pages in zip(session._states, before, strict=True):
+            assert not np.any(state.energy)
+            np.testing.assert_array_equal(state.history.pages[:, :30], pages)
+    with pytest.raises(ValueError, match=r"attention scan_pairs 2 \(now None\)"):
+        model.session(tmp_path / "a", ctx=CTX, hga=HGA)
+
+
 def test_dense_attention_is_stored_too(model, tmp_path):
     def open_session(name):
         return model.session(tmp_path / name, ctx=CTX, attention="dense")

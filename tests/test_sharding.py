@@ -15,4 +15,4 @@ def test_shards_give_what_one_device_gives():
     command = [sys.executable, str(HERE / "sharded_attention.py")]
     done = subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("ok") == 3
+    assert done.stdout.count("ok") == 4

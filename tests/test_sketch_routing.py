@@ -18,6 +18,7 @@ from pallas_kernels.sketch_routing import (
     unpack_codes,
 )
 from pallas_kernels.sketch_routing.reference import reference_routing
+from pallas_kernels.votes import is_open, stamp_of
 
 RUNS = ["xla", "interpret", pytest.param("native", marks=pytest.mark.gpu)]
 
@@ -54,34 +55,43 @@ def pages_of(lists, k):
     return sorted(page for part in found for page in part)
 
 
-def check(run, query, rotation, means, codes, scales, stamps, window, window_scores, *, own, closes=0, config=None, **rules):
+def check(run, query, rotation, means, codes, scales, stamps, window, window_scores, *, own, closes=0, config=None, votes=0, **rules):
+    """stamps: with votes, the three numbers of the reference."""
     data_stamps = np.asarray(stamps)
+    voting = {"votes": votes, "vote_share": rules.pop("vote_share", 1.0)}
+
+    def still_open(stamps, chunk):
+        return np.asarray(is_open(stamp_of(*stamps), chunk, votes)) if votes else stamps >= chunk - 1
+
     rotated = (query.astype(np.float64) @ rotation).astype(np.float32)
     how = settings(run, **(config or {}))
 
     @jax.jit
     def route(query, rotation, stamps, *arrays):
-        before = carried_pages(stamps, jnp.int32(own), capacity=rules["capacity"], **how)
+        before = carried_pages(stamps, jnp.int32(own), capacity=rules["capacity"], votes=votes, **how)
         now = jnp.int32(own), jnp.int32(own + closes)
-        return before, sketch_routing(query, rotation, *arrays[:3], stamps, arrays[3], *now, **rules, **how)
+        return before, sketch_routing(query, rotation, *arrays[:3], stamps, arrays[3], *now, **rules, **voting, **how)
 
-    before, out = route(query, rotation, stamps, means, codes, scales, window)
-    parts, room = list_shape(data_stamps.shape[1], rules["capacity"])
+    before, out = route(query, rotation, stamp_of(*stamps) if votes else stamps, means, codes, scales, window)
+    parts, room = list_shape(data_stamps.shape[-1], rules["capacity"])
     exact = {name: value for name, value in rules.items() if name != "capacity"} | {"parts": parts, "room": room}
     stamps, listed, refused, masses = reference_routing(
-        query, rotated, means, np.asarray(unpack_codes(codes)), scales, stamps, window_scores, own, **exact
+        query, rotated, means, np.asarray(unpack_codes(codes)), scales, stamps, window_scores, own, **exact, **voting
     )
     # The reference is float64: a mass this close to the threshold may fall on either side, so the cases avoid it.
-    assert not (np.abs(masses / rules["threshold"] - 1) < 1e-4).any(), "pick another seed"
+    for share in (1.0, voting["vote_share"]):
+        assert not (np.abs(masses / (rules["threshold"] * share) - 1) < 1e-4).any(), "pick another seed"
+    seen, after = still_open(data_stamps, own), still_open(stamps, own + closes)
     for k in range(len(listed)):
         old, fresh, carried = (pages_of(x, k) for x in (before, out.fresh, out.carried))
-        assert old == [page for page in range(data_stamps.shape[1]) if data_stamps[k, page] >= own - 1]
+        assert old == np.flatnonzero(seen[k]).tolist()
         assert sorted(old + fresh) == listed[k]
-        assert carried == [page for page in listed[k] if stamps[k, page] >= own + closes - 1]
-        opened = np.isin(np.arange(data_stamps.shape[1]), listed[k])
+        staying = [page for page in np.flatnonzero(after[k]) if votes or page in listed[k]]  # votes may keep more than there is room for
+        assert carried == sorted(page for part in range(parts) for page in [p for p in staying if p % parts == part][:room])
+        opened = np.isin(np.arange(data_stamps.shape[-1]), listed[k])
         np.testing.assert_allclose(out.unopened[k].sum(0), masses[k][:, ~opened].sum(-1), atol=1e-5)
         assert int(out.counts[k, :, 0].sum()) == len(listed[k])
-    np.testing.assert_array_equal(out.stamps, stamps)
+    np.testing.assert_array_equal(out.stamps, stamp_of(*stamps) if votes else stamps)
     np.testing.assert_array_equal(out.counts[..., 1].sum(1), refused)
     return listed
 
@@ -102,6 +112,23 @@ def test_same_pages_as_reference(run, heads, head_dim):
         **rules,
     )
     assert all(0 < len(pages) <= 32 for pages in listed)
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("closes", [0, 1])
+@pytest.mark.parametrize("capacity", [64, 8])
+def test_votes_keep_pages_open(run, closes, capacity):
+    """Votes of this chunk and of the one before, pages open and not; with the chunk's last token (closes) the votes decide."""
+    data = problem(2, 7, 64, chunks=13, chunk=16, group=4, seed=11)
+    rng = np.random.default_rng(0)
+    touched, opened, cast = (rng.integers(*ends, (2, 52)).astype(np.int32) for ends in ((9, 13), (0, 2), (1, 6)))
+    outside = (np.arange(52) < 8) | (np.arange(52) >= 36)
+    if capacity == 8:
+        outside |= (np.arange(52) < 14) | (np.arange(52) >= 30)  # one page a list: what is open finds room, some requests do not
+    stamps = np.stack([np.where(outside, -2, touched), np.where(outside, 0, opened), np.where(outside, 0, cast)])
+    rules = {"sink_chunks": 2, "local_chunks": 2, "group_size": 4, "threshold": 0.03, "capacity": capacity, "scale": 0.125}
+    listed = check(run, *data[:5], stamps, *data[6:], own=12, closes=closes, votes=4, vote_share=0.3, config={"select_pages": 2}, **rules)
+    assert all(0 < len(pages) < 32 for pages in listed)
 
 
 @pytest.mark.parametrize("run", RUNS)

@@ -186,6 +186,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--pages", type=int, default=40, help="pages planted in every block, which its successor sees too: 16 tokens each")
     parser.add_argument("--screening", choices=("auto", "on", "off"), default="auto")
     parser.add_argument("--request-stride", type=int, default=HGAConfig().request_stride, help="every how manyth query requests pages")
+    parser.add_argument(
+        "--scan-pairs", type=int, default=HGAConfig().scan_pairs, help="rotary pairs in which tokens are scanned, 0: sketches"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--xla-up-to", type=int, default=0, help="longest length at which the plain XLA path is run too")
     parser.add_argument("--json", help="write the results here")
@@ -194,7 +197,7 @@ def main(argv: list[str]) -> None:
     if bad := [n for n in options.lengths if n % CHUNK or n < 2 * (SINKS + LOCAL) * CHUNK]:
         parser.error(f"--lengths {bad}: multiples of {CHUNK} from {2 * (SINKS + LOCAL) * CHUNK} on")
     shape = SHAPES[options.shape][1:]
-    config = HGAConfig(screening=options.screening, request_stride=options.request_stride)
+    config = HGAConfig(screening=options.screening, request_stride=options.request_stride, scan_pairs=options.scan_pairs)
     ceiling = ceiling_tflops(8192 if jax.default_backend() == "gpu" else 512)
     print(environment(), f"matmul ceiling {ceiling:.3g} TFLOP/s", flush=True)
     report: dict[str, Any] = {"environment": environment(), "shape": options.shape, "argv": argv, "matmul_tflops": ceiling, "results": []}

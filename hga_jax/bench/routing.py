@@ -1,8 +1,9 @@
 """The full scan of prefill routing, one layer, under several settings of its kernels: which is the fastest, and do they agree?
 
-A setting is PAGESxWARPSxSTAGES of a program's steps, with `:ROWS` behind it for another number of rows a program. Keys and queries as in
-`python -m hga_jax.bench prefill`. Printed: milliseconds of the three launches, the rate of the second, pages scored twice in a program (row
-tile of a block), and requests that differ from the first setting's.
+Tokens are scanned as their sketches or, with `--scan-pairs`, in some rotary pairs. A setting is PAGESxWARPSxSTAGES of a program's steps,
+with `:ROWS` behind it for another number of rows a program. Keys and queries as in `python -m hga_jax.bench prefill`. Printed:
+milliseconds of the three launches, the rate of the second, pages scored twice in a program (row tile of a block), and requests that
+differ from the first setting's.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from hga_jax.policies import policy_for
 from hga_jax.sketches import built_in_rotation
 from pallas_kernels.sketch_prefill_routing import Config, Rule, Tile
 from pallas_kernels.sketch_prefill_routing.keys import page_keys
+from pallas_kernels.sketch_prefill_routing.pairs import choose_dims, pair_keys, pair_queries, query_energy
 from pallas_kernels.sketch_prefill_routing.scan import mark, settle
 
 SETTINGS = ("64x8x3", "64x8x4", "32x8x3", "128x8x3", "64x16x3:256")
@@ -43,8 +45,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--shape", choices=SHAPES, default="qwen3-30b-a3b")
     parser.add_argument("--tokens", type=int, default=65536)
     parser.add_argument("--pages", type=int, default=40, help="pages planted in every block")
+    parser.add_argument("--scan-pairs", type=int, default=0, help="rotary pairs in which tokens are scanned, 0: sketches")
     parser.add_argument("--settings", nargs="+", default=SETTINGS)
     parser.add_argument("--candidates", type=int, default=Config().candidates, help="room of a program for pages scored twice")
+    parser.add_argument("--votes", type=int, default=0, help="votes that keep a page open, counted too; 0: any request does")
+    parser.add_argument("--vote-share", type=float, default=0.1, help="share of the threshold that makes a vote")
     parser.add_argument("--interpret", action="store_true", help="in Pallas' interpreter, without times")
     parser.add_argument("--json", help="write the results here")
     options = parser.parse_args(argv)
@@ -56,18 +61,15 @@ def main(argv: list[str]) -> None:
     print(environment(), flush=True)
 
     query, keys, values = made_up(options.tokens, heads, kv_heads, head_dim, options.pages)
-    config = HGAConfig()
+    config = HGAConfig(scan_pairs=options.scan_pairs)
     pages = DeviceHistory.holding(keys, values, GROUP, options.tokens).pages
-    sketches = jax.jit(policy_for(config, None, head_dim, head_dim**-0.5).summarise)(keys.swapaxes(0, 1))
-    arrays = [x if x.dtype == jnp.uint8 else x.astype(keys.dtype) for x in (sketches.means, sketches.codes, sketches.scales)]
-    rotation, closed = jnp.asarray(built_in_rotation(head_dim), jnp.float32), jnp.int32(options.tokens // CHUNK)
-    by_page = page_keys(*arrays, rotation, GROUP, closed, implementation="pallas", interpret=options.interpret).tokens
-    rule = Rule(CHUNK, GROUP, SINKS, LOCAL, head_dim**-0.5)
+    operands = (pairs_of if options.scan_pairs else sketches_of)(query, keys, pages, config, options)
+    rule = Rule(CHUNK, GROUP, SINKS, LOCAL, head_dim**-0.5, votes=options.votes, vote_share=options.vote_share)
     results: list[dict[str, Any]] = []
     expected = None
     for name, kernels in settings.items():
         try:
-            result, first = measure(query, pages, by_page, rule, config, kernels, options)
+            result, first = measure(query, pages, operands, rule, config, kernels, options)
         except Exception as error:  # a setting that does not fit this GPU must not lose the others
             print(f"{name:18s} {type(error).__name__} {str(error)[:150]}", flush=True)
             continue
@@ -87,21 +89,53 @@ def main(argv: list[str]) -> None:
             json.dump({"environment": environment(), "argv": argv, "results": results}, file, indent=1)
 
 
+def sketches_of(query: jax.Array, keys: jax.Array, pages: jax.Array, config: HGAConfig, options: argparse.Namespace) -> tuple[jax.Array]:
+    """What queries are compared with: all tokens as sketches remember them."""
+    head_dim = query.shape[2]
+    sketches = jax.jit(policy_for(config, None, head_dim, head_dim**-0.5).summarise)(keys.swapaxes(0, 1))
+    arrays = [x if x.dtype == jnp.uint8 else x.astype(keys.dtype) for x in (sketches.means, sketches.codes, sketches.scales)]
+    rotation, closed = jnp.asarray(built_in_rotation(head_dim), jnp.float32), jnp.int32(options.tokens // CHUNK)
+    return (page_keys(*arrays, rotation, GROUP, closed, implementation="pallas", interpret=options.interpret).tokens,)
+
+
+def pairs_of(query: jax.Array, keys: jax.Array, pages: jax.Array, config: HGAConfig, options: argparse.Namespace) -> tuple[jax.Array, ...]:
+    """The same by rotary pairs: tokens' deviations, the queries' coordinates, page means."""
+
+    @jax.jit
+    def make(query: jax.Array, pages: jax.Array) -> tuple[jax.Array, ...]:
+        energy = query_energy(query, len(pages), jnp.int32(0), jnp.int32(len(query)), config.unrouted)
+        found = pair_keys(pages, choose_dims(energy, pages, config.unrouted // GROUP, config.scan_pairs))
+        return found.tokens, pair_queries(query, found.dims), found.means
+
+    return make(query, pages)
+
+
 def measure(
-    query: jax.Array, pages: jax.Array, keys: jax.Array, rule: Rule, config: HGAConfig, kernels: Config, options: argparse.Namespace
+    query: jax.Array,
+    pages: jax.Array,
+    operands: tuple[jax.Array, ...],
+    rule: Rule,
+    config: HGAConfig,
+    kernels: Config,
+    options: argparse.Namespace,
 ) -> tuple[dict[str, Any], np.ndarray]:
     """Figures of one setting, and the first rows that ask for pages [K, B, P] (chunk_size for none, and outside the routed middle)."""
     tokens, heads, head_dim = query.shape
     threshold = config.threshold_for(heads // len(pages))
+    keys, *few = operands
+    width = keys.shape[3]
+    if few:
+        threshold *= config.pairs_threshold_for(head_dim)
+        width += head_dim / GROUP
     bounds = jnp.array([0, tokens], jnp.int32)
     kernels = Config(**{**vars(kernels), "candidates": options.candidates})
     common = {"threshold": threshold, "rule": rule, "config": kernels, "interpret": options.interpret}
-    marking = jax.jit(lambda q, b, p, k: mark(q, b, p, k, **common))
-    settling = jax.jit(lambda q, b, k, mass, marks: settle(q, b, k, mass, marks, **common))
+    marking = jax.jit(lambda q, b, p, k, *few: mark(q, b, p, k, *few, **common))
+    settling = jax.jit(lambda q, b, k, mass, marks, *few: settle(q, b, k, mass, marks, *few, **common))
 
     def scan() -> tuple[jax.Array, jax.Array]:
-        _, mass, marks = marking(query, bounds, pages, keys)
-        return marks, settling(query, bounds, keys, mass, marks)
+        _, mass, marks = marking(query, bounds, pages, keys, *few)
+        return marks, settling(query, bounds, keys, mass, marks, *few)[0]
 
     blocks = tokens // CHUNK
     page, first = np.arange(tokens // GROUP), SINKS * CHUNK // GROUP
@@ -113,7 +147,7 @@ def measure(
         f"{name}_ms": sum(us for kernel, (_, us) in times.items() if f"scan_{name}" in kernel) / 1e3
         for name in ("windows", "pages", "requests")
     }
-    operations = 2 * heads * CHUNK * head_dim * int(there.sum()) * GROUP
+    operations = 2 * heads * CHUNK * width * int(there.sum()) * GROUP
     result = {
         **parts,
         "total_ms": 0.0 if options.interpret else 1e3 * median_seconds(scan, 3),

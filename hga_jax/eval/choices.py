@@ -24,7 +24,9 @@ class Choice:
         """The settings that matter to this choice, for reports."""
         if self.hga is None:
             return {}
-        other = {"paper": ("threshold", "page_capacity"), "sketch": ("top_chunks", "top_groups", "summary")}[self.hga.policy]
+        other = {"paper": ("threshold", "votes", "vote_share", "page_capacity"), "sketch": ("top_chunks", "top_groups", "summary")}[
+            self.hga.policy
+        ]
         return {f.name: getattr(self.hga, f.name) for f in fields(self.hga) if f.name not in other}
 
 

@@ -63,6 +63,9 @@ class StateFormat:
     @staticmethod
     def of(backend: AttentionBackend, config: ModelConfig, dtype: Any) -> StateFormat:
         hga = isinstance(backend, HGAAttention)
+        if hga and backend.config.votes_to_keep:
+            given = f"votes={backend.config.votes}, vote_share={backend.config.vote_share}"
+            raise NotImplementedError(f"{given}: sessions do not store votes yet, choose votes=1, vote_share=1")
         chunk = backend.config.chunk_size if hga else DENSE_CHUNK
         group = backend.config.group_size if hga else backend.page_size
         state = jax.eval_shape(lambda: backend.init_state(chunk, config.kv_heads, config.head_dim, dtype))
@@ -200,8 +203,9 @@ class Blank:
         if self.on_host:
             filled = [put_on_host(part) for part in filled]
         stamps = None if self.shapes.stamps is None else _stamps(self.form, self.shapes.stamps.shape, length, notes)
-        marks = None if self.shapes.marks is None else jnp.zeros(self.shapes.marks.shape, self.shapes.marks.dtype)
-        return replace(self.shapes, history=history, summaries=jax.tree.unflatten(tree, filled), stamps=stamps, marks=marks)
+        marks, energy = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (self.shapes.marks, self.shapes.energy))
+        filled = jax.tree.unflatten(tree, filled)
+        return replace(self.shapes, history=history, summaries=filled, stamps=stamps, marks=marks, energy=energy)
 
 
 @partial(jax.jit, static_argnames="config")

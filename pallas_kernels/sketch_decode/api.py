@@ -84,6 +84,8 @@ def attend_selected(
     threshold: float,
     capacity: int,
     scale: float,
+    votes: int = 0,
+    vote_share: float = 1.0,
     implementation: Literal["pallas", "xla"],
     scan_config: routing.Config | None = None,
     config: attention.Config | None = None,
@@ -95,18 +97,20 @@ def attend_selected(
     programs to finish merges. As launches that waited for each other, these took 4.9, 7.2 and 3.1 us, the bank's plan 3.2 (H100, as above).
 
     bank: pages are looked for there first. One that is missing is read from `store`, used, and kept in a slot of its part (the slots are
-    dealt out evenly): an empty one, else that of the page requested longest ago and not visible now; if there is none, it is only read.
-    So a part keeps the pages that its requests asked for last, as many as it has slots. stamps and bank: updated in place when donated.
+    dealt out evenly): an empty one, else that of the page with the lowest stamp, unless it is visible now or, under votes, got any in this
+    chunk or the one before; if there is none, it is only read. So a part keeps the pages that its requests asked for last, as many as it
+    has slots. votes, vote_share: see `sketch_routing.sketch_routing`. stamps and bank: updated in place when donated.
     """
     parts, room = routing.list_shape(stamps.shape[1], capacity)
+    selection = {"pages_per_chunk": pages_per_chunk, "threshold": threshold, "votes": votes, "vote_share": vote_share}
     if implementation == "xla":
-        rules = {"pages_per_chunk": pages_per_chunk, "threshold": threshold, "parts": parts, "room": room}
+        rules = selection | {"parts": parts, "room": room}
         return Attended(*xla.attend_selected(query, scanned.scores, scanned.windows.partial, stamps, middle, store, bank, scale, rules))
     if implementation != "pallas":
         raise ValueError(f"{implementation=}: choose pallas or xla")
     out, stamps, counts, unopened, *banked = kernel.attend_selected(
         query, scanned.scores, scanned.windows.partial, stamps, middle, store, scanned.finished, bank,
-        parts=parts, rules=kernel.Rules(room, pages_per_chunk, threshold, scale), scan_config=scan_config or routing.Config(),
+        parts=parts, rules=kernel.Rules(room, scale, selection), scan_config=scan_config or routing.Config(),
         config=config or attention.Config(), interpret=interpret,
     )  # fmt: skip
     hits, *arrays = banked or (None,)

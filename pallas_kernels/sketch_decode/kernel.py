@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from pallas_kernels.routed_decode_attention.kernel import (
     window_program,
     write_partial,
 )
-from pallas_kernels.sketch_decode.bank import place_pages
+from pallas_kernels.sketch_decode.bank import needed_from, place_pages
 from pallas_kernels.sketch_routing import Config as ScanConfig
 from pallas_kernels.sketch_routing.kernel import Listing, check_scan, scan_program, scan_shapes, select_program
 
@@ -94,12 +94,11 @@ BANK = 3  # arrays of a bank
 
 
 class Rules(NamedTuple):
-    """Sizes and numbers of the selection and attention kernel."""
+    """Sizes and numbers of the selection and attention kernel. selection: of `select_program`."""
 
     room: int
-    pages_per_chunk: int
-    threshold: float
     scale: float
+    selection: dict[str, Any]
 
 
 def _attend_selected_kernel(
@@ -129,15 +128,15 @@ def _attend_selected_kernel(
 
     listed = select_program(
         k, part, scores_ref, partial_ref, window_ref, stamps_ref, chunks_ref, stamps_out_ref, counts_ref, unopened_ref,
-        Listing(ids_ref, count_ref), pages_per_chunk=rules.pages_per_chunk, threshold=rules.threshold, config=scan_config,
+        Listing(ids_ref, count_ref), **rules.selection, config=scan_config,
     )  # fmt: skip
     wait()
     through_bank = {}
     if banked:
         hits_ref, source_ref, victims_ref, bank_ref, page_slot_ref, slot_page_ref = bank_refs
         place_pages(
-            k, part, begin, listed, rules.room, chunks_ref[2] - 1, ids_ref, stamps_out_ref, hits_ref, source_ref, victims_ref,
-            page_slot_ref, slot_page_ref, wait,
+            k, part, begin, listed, rules.room, needed_from(chunks_ref[2], rules.selection["votes"]), ids_ref, stamps_out_ref, hits_ref,
+            source_ref, victims_ref, page_slot_ref, slot_page_ref, wait,
         )  # fmt: skip
         wait()
         through_bank = {"source_ref": source_ref, "bank_ref": bank_ref}

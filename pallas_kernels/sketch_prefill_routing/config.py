@@ -14,6 +14,7 @@ class Rule:
     chunk_size, group_size: tokens in a chunk (one query block) and in a page. sink_chunks, local_chunks: the windows around the routed
     middle. stride: positions p with p % stride == 0 are probes; the other queries ask for nothing themselves.
     scale: of the scores. spread: how many standard deviations above its mean a page counts, where a page is summarised by both.
+    votes: rows of a chunk for which a page must reach vote_share of the threshold to stay open to the next chunk; 0: any request does it.
     """
 
     chunk_size: int
@@ -23,6 +24,8 @@ class Rule:
     scale: float
     stride: int = 1
     spread: float = 0.0
+    votes: int = 0
+    vote_share: float = 1.0
 
     def __post_init__(self):
         if self.chunk_size % self.group_size or self.chunk_size % self.stride:

@@ -42,6 +42,7 @@ class Probes(NamedTuple):
     """The rows of one program."""
 
     query: Array  # [rows, H padded]
+    few: Array | None  # [rows, d padded] the coordinates that tokens are scored in, where they are fewer
     row: Array  # [rows] number in the block
     inside: Array  # [rows] whether the block has such a row
     position: Array  # [rows]
@@ -58,7 +59,9 @@ def row_tiles(rule: Rule, ratio: int, config: Config) -> tuple[int, int]:
     return -(-rows // size), size
 
 
-def load_probes(tile: Any, block: Any, k: Any, bounds_ref: Any, query_ref: Any, ratio: int, size: int, rule: Rule) -> Probes:
+def load_probes(
+    tile: Any, block: Any, k: Any, bounds_ref: Any, query_ref: Any, ratio: int, size: int, rule: Rule, few_ref: Any = None
+) -> Probes:
     first_position, count = bounds_ref[0], bounds_ref[1]
     own_chunk = first_position // rule.chunk_size + block
     row = span(tile * size, size)
@@ -67,14 +70,21 @@ def load_probes(tile: Any, block: Any, k: Any, bounds_ref: Any, query_ref: Any, 
     index = position - first_position
     inside = row < rule.probes * ratio
     live = inside & (index >= 0) & (index < count)
-    head_dim = query_ref.shape[2]
-    dim = span(0, pl.next_power_of_2(head_dim))
-    query = plgpu.load(
-        query_ref.at[jnp.where(live, index, 0)[:, None], (k * ratio + row % ratio)[:, None], dim[None, :]],
-        mask=live[:, None] & (dim < head_dim)[None, :],
-        other=0,
+
+    def rows_of(ref: Any) -> Array:
+        dim = padded(ref.shape[2])
+        at = jnp.where(live, index, 0)[:, None], (k * ratio + row % ratio)[:, None], dim[None, :]
+        return plgpu.load(ref.at[at], mask=live[:, None] & (dim < ref.shape[2])[None, :], other=0)
+
+    few = None if few_ref is None else rows_of(few_ref)
+    return Probes(
+        rows_of(query_ref), few, row, inside, position, offset, live, own_chunk, own_chunk * rule.chunk_size < first_position + count
     )
-    return Probes(query, row, inside, position, offset, live, own_chunk, own_chunk * rule.chunk_size < first_position + count)
+
+
+def padded(head_dim: int) -> Array:
+    """Coordinates of a row of so many, up to what a matmul takes."""
+    return span(0, max(16, pl.next_power_of_2(head_dim)))
 
 
 def _exp2(x: Array, interpret: bool) -> Array:
@@ -93,18 +103,31 @@ def product(a: Array, b: Array) -> Array:
     return lax.dot_general(a, b, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
 
 
-def page_scores(probes: Probes, keys_ref: Any, spreads_ref: Any, norm: Any, k: Any, page: Any, present: Any, rule: Rule) -> Array:
-    """Scores [rows, pages] in powers of two."""
-    parts, head_dim = keys_ref.shape[1], keys_ref.shape[3]
-    dim = span(0, pl.next_power_of_2(head_dim))
-    mask = present[:, None] & (dim < head_dim)[None, :]
+def page_scores(
+    probes: Probes,
+    keys_ref: Any,
+    spreads_ref: Any,
+    norm: Any,
+    k: Any,
+    page: Any,
+    present: Any,
+    rule: Rule,
+    means_ref: Any = None,
+) -> Array:
+    """Scores [rows, pages] in powers of two. means_ref: where tokens are deviations from it in few coordinates, each page's mean."""
+    parts = keys_ref.shape[1]
 
-    def products(part: Any) -> Array:
-        return product(probes.query, plgpu.load(keys_ref.at[outer(k, part, page, dim)], mask=mask, other=0))
+    def products(query: Array, ref: Any, part: Any) -> Array:
+        dim = padded(ref.shape[3])
+        vectors = plgpu.load(ref.at[outer(k, part, page, dim)], mask=present[:, None] & (dim < ref.shape[3])[None, :], other=0)
+        return product(query, vectors)
 
-    best = products(0)
+    query = probes.query if probes.few is None else probes.few
+    best = products(query, keys_ref, 0)
     if parts > 1:
-        best = lax.fori_loop(1, parts, lambda j, best: jnp.maximum(best, products(j)), best)
+        best = lax.fori_loop(1, parts, lambda j, best: jnp.maximum(best, products(query, keys_ref, j)), best)
+    if means_ref is not None:
+        best += products(probes.query, means_ref, 0)
     if spreads_ref is not None:
         best += norm[:, None] * plgpu.load(spreads_ref.at[k, page], mask=present, other=0)[None, :]
     return best * (rule.scale * LOG2E)
@@ -271,16 +294,17 @@ def _listed_mass_kernel(
     ids_ref,  # [K, B, M] i32
     since_ref,  # [K, B, M] i32
     counts_ref,  # [K, B] i32
-    *refs,  # spreads [K, P] f32 (if pages are means), then out [K, B, rows] f32
+    *refs,  # spreads [K, P] f32 if pages are means; few [T, N, d] and means [K, 1, P, H] if tokens are scored in few coordinates
     ratio: int,
     size: int,
     rule: Rule,
     tile_pages: int,
     interpret: bool,
 ):
-    spreads_ref, out_ref = refs if len(refs) == 2 else (None, *refs)
+    *refs, out_ref = refs  # [K, B, rows] f32
+    spreads_ref, few_ref, means_ref = {0: (None, None, None), 1: (*refs, None, None), 2: (None, *refs)}[len(refs)]
     tile, block, k = pl.program_id(0), pl.num_programs(1) - 1 - pl.program_id(1), pl.program_id(2)
-    probes = load_probes(tile, block, k, bounds_ref, query_ref, ratio, size, rule)
+    probes = load_probes(tile, block, k, bounds_ref, query_ref, ratio, size, rule, few_ref)
 
     @pl.when(probes.block_live)
     def _():
@@ -293,7 +317,7 @@ def _listed_mass_kernel(
             there = slot < count
             page = plgpu.load(ids_ref.at[outer(k, block, slot)], mask=there, other=0)
             since = plgpu.load(since_ref.at[outer(k, block, slot)], mask=there, other=rule.chunk_size)
-            scores = page_scores(probes, keys_ref, spreads_ref, norm, k, page, there, rule)
+            scores = page_scores(probes, keys_ref, spreads_ref, norm, k, page, there, rule, means_ref)
             seen = since[None, :] <= probes.offset[:, None]
             return total + jnp.sum(jnp.where(seen, _exp2(scores - unit[:, None], interpret), 0), axis=1)
 
@@ -394,12 +418,14 @@ def refine(
 def listed_mass(
     query: Float[Array, "T N H"],
     bounds: Int[Array, " 2"],
-    keys: Float[Array, "K parts P H"],
+    keys: Float[Array, "K parts P d"],
     spreads: Float[Array, "K P"] | None,
     mass: Float[Array, "K B r"],
     ids: Int[Array, "K B M"],
     since: Int[Array, "K B M"],
     counts: Int[Array, "K B"],
+    few: Float[Array, "T N d"] | None = None,
+    means: Float[Array, "K 1 P H"] | None = None,
     *,
     rule: Rule,
     config: Config,
@@ -407,6 +433,6 @@ def listed_mass(
 ) -> Float[Array, "K B r"]:
     """The share of each probing row's mass that lies in the listed pages it sees."""
     ratio = query.shape[1] // keys.shape[0]
-    operands = [bounds, query, keys, mass, ids, since, counts, spreads]
+    operands = [bounds, query, keys, mass, ids, since, counts, spreads, few, means]
     shape = jax.ShapeDtypeStruct(mass.shape, jnp.float32)
     return launch(_listed_mass_kernel, "listed_mass", shape, operands, keys.shape[1], rule, config, interpret, ratio=ratio)

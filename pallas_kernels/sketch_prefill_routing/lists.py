@@ -15,19 +15,18 @@ from jaxtyping import Array, Int
 from pallas_kernels.indexing import outer, span
 from pallas_kernels.limits import check_offsets
 from pallas_kernels.sketch_prefill_routing.config import Config, Rule
+from pallas_kernels.votes import NEVER, is_open
 
 
 def _lists_kernel(
     bounds_ref,  # [2] i32: position of query row 0, live rows
     first_ref,  # [K, B, tiles, P]
     stamps_ref,  # [K, P] i32
-    ids_ref,  # [K, B, M] i32 out
-    since_ref,  # [K, B, M] i32 out
-    counts_ref,  # [K, B, 2] i32 out: listed, refused
-    *,
+    *refs,  # votes [K, B, tiles, P] where they count, then out: ids, since [K, B, M] i32, counts [K, B, 2] i32: listed, refused
     rule: Rule,
     config: Config,
 ):
+    *votes_refs, ids_ref, since_ref, counts_ref = refs
     block, k = pl.program_id(0), pl.program_id(1)
     tiles, pages, capacity, none = first_ref.shape[2], first_ref.shape[3], ids_ref.shape[2], rule.chunk_size
     own = bounds_ref[0] // rule.chunk_size + block
@@ -44,12 +43,22 @@ def _lists_kernel(
             best = jnp.minimum(best, plgpu.load(first_ref.at[outer(k, b, tile, page)], mask=mask, other=none).astype(jnp.int32))
         return jnp.where(mask, best, none)
 
+    def cast(b: Any, page: Any, until: Any) -> Array:
+        """The votes of block b for each page."""
+        mask = (page >= first_page) & (page < until)
+        votes = [plgpu.load(votes_refs[0].at[outer(k, b, tile, page)], mask=mask, other=0).astype(jnp.int32) for tile in range(tiles)]
+        return jnp.where(mask, sum(votes), 0)
+
     def look(i: Any) -> tuple[Array, Array, Array]:
-        """Pages, whether a query of the chunk before asked for them, the first row that sees them (none: nobody)."""
+        """Pages, whether the chunk before keeps them open, the first row that sees them (none: nobody)."""
         page = span(i * step, step)
-        before = asked(jnp.maximum(block - 1, 0), page, jnp.where(block > 0, end - rule.pages_per_chunk, 0))
-        stamps = plgpu.load(stamps_ref.at[outer(k, page)], mask=page < end, other=-2)
-        carried = (before < none) | (jnp.where(page < end, stamps, -2) >= own - 1)
+        last, until = jnp.maximum(block - 1, 0), jnp.where(block > 0, end - rule.pages_per_chunk, 0)
+        never = NEVER if votes_refs else -2
+        stamps = jnp.where(page < end, plgpu.load(stamps_ref.at[outer(k, page)], mask=page < end, other=never), never)
+        if votes_refs:
+            carried = is_open(stamps, own, rule.votes, cast(last, page, until))
+        else:
+            carried = (asked(last, page, until) < none) | (stamps >= own - 1)
         return page, carried, jnp.where(carried, 0, asked(block, page, end))
 
     def count_up_to(row: Any, i: Any, seen: Any) -> Array:
@@ -109,18 +118,20 @@ def page_lists(
     rule: Rule,
     config: Config,
     interpret: bool,
+    votes: Int[Array, "K B tiles P"] | None = None,
 ) -> tuple[Int[Array, "K B M"], Int[Array, "K B M"], Int[Array, "K B 2"]]:
     """(ids ascending, since, [listed, refused]) of each block; slots from `listed` on are not written."""
     kv_heads, blocks, _, _ = first.shape
     check_offsets(first=first)
+    operands = [bounds, first, stamps] + ([] if votes is None else [votes])
     lists = jax.ShapeDtypeStruct((kv_heads, blocks, capacity), jnp.int32)
     return pl.pallas_call(
         partial(_lists_kernel, rule=rule, config=config),
         grid=(blocks, kv_heads),
-        in_specs=[pl.no_block_spec] * 3,
+        in_specs=[pl.no_block_spec] * len(operands),
         out_specs=[pl.no_block_spec] * 3,
         out_shape=[lists, lists, jax.ShapeDtypeStruct((kv_heads, blocks, 2), jnp.int32)],
         compiler_params=plgpu.CompilerParams(num_warps=config.list_warps, num_stages=1),
         interpret=interpret,
         name="prefill_page_lists",
-    )(bounds, first, stamps)
+    )(*operands)

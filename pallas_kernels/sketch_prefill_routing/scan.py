@@ -38,10 +38,10 @@ from pallas_kernels.sketch_prefill_routing.kernel import (
 )  # fmt: skip
 
 
-def _program(bounds_ref: Any, query_ref: Any, ratio: int, size: int, rule: Rule) -> tuple[Any, Any, Any, Probes]:
+def _program(bounds_ref: Any, query_ref: Any, ratio: int, size: int, rule: Rule, few_ref: Any = None) -> tuple[Any, Any, Any, Probes]:
     """(row tile, block, kv head) of a program, long blocks first, and its rows."""
     tile, block, k = pl.program_id(0), pl.num_programs(1) - 1 - pl.program_id(1), pl.program_id(2)
-    return tile, block, k, load_probes(tile, block, k, bounds_ref, query_ref, ratio, size, rule)
+    return tile, block, k, load_probes(tile, block, k, bounds_ref, query_ref, ratio, size, rule, few_ref)
 
 
 def _windows_kernel(
@@ -69,10 +69,8 @@ def _pages_kernel(
     bounds_ref,  # [2] i32: position of query row 0, live rows
     query_ref,  # [T, N, H]
     window_ref,  # [K, B, rows] f32
-    keys_ref,  # [K, parts, P, H] tokens of pages
-    mass_ref,  # [K, B, rows] f32 out
-    marks_ref,  # [K, B, tiles, P] out: 0 for a page that a row may ask for, chunk_size for others
-    *,
+    keys_ref,  # [K, parts, P, d] tokens of pages
+    *refs,  # where d is not H: few [T, N, d], means [K, 1, P, H]
     ratio: int,
     size: int,
     threshold: float,
@@ -80,7 +78,9 @@ def _pages_kernel(
     tile_pages: int,
     interpret: bool,
 ):
-    tile, block, k, probes = _program(bounds_ref, query_ref, ratio, size, rule)
+    *refs, mass_ref, marks_ref = refs  # [K, B, rows] f32; [K, B, tiles, P]: 0 for a page that a row may ask for, chunk_size for others
+    few_ref, means_ref = refs or (None, None)
+    tile, block, k, probes = _program(bounds_ref, query_ref, ratio, size, rule, few_ref)
 
     @pl.when(probes.block_live)
     def _():
@@ -89,7 +89,7 @@ def _pages_kernel(
         def look(i: Any, mass: tuple) -> tuple:
             page = end - (i + 1) * tile_pages + span(0, tile_pages)
             there = page >= first
-            scores = page_scores(probes, keys_ref, None, None, k, page, there, rule)
+            scores = page_scores(probes, keys_ref, None, None, k, page, there, rule, means_ref)
             mass = add_scores(mass, jnp.where(there[None, :], scores, -jnp.inf), interpret)
             bound = jnp.where(probes.live, log2_mass(mass) + math.log2(threshold), jnp.inf)
             near = jnp.min(jnp.where(scores >= bound[:, None], 0, rule.chunk_size), axis=0)
@@ -105,12 +105,10 @@ def _pages_kernel(
 def _requests_kernel(
     bounds_ref,  # [2] i32: position of query row 0, live rows
     query_ref,  # [T, N, H]
-    keys_ref,  # [K, parts, P, H] tokens of pages
+    keys_ref,  # [K, parts, P, d] tokens of pages
     mass_ref,  # [K, B, rows] f32
     _marks_ref,  # the buffer of the output, which holds the marks
-    first_ref,  # [K, B, tiles, P] out
-    candidates_ref,  # [K, B, tiles, room] i32 out: the marked pages
-    *,
+    *refs,  # where d is not H: few [T, N, d], means [K, 1, P, H]
     ratio: int,
     size: int,
     threshold: float,
@@ -119,14 +117,18 @@ def _requests_kernel(
     list_pages: int,
     interpret: bool,
 ):
-    """The first row that asks for each page: among the marked ones, or, if they are more than there is room for, all."""
-    tile, block, k, probes = _program(bounds_ref, query_ref, ratio, size, rule)
+    """The first row that asks for each page, and who votes for it: among the marked ones, or, if there is no room for them, all."""
+    votes_refs = refs[-1:] if rule.votes else ()  # [K, B, tiles, P] out: rows that vote for a page
+    *refs, first_ref, candidates_ref = refs[: len(refs) - len(votes_refs)]  # [K, B, tiles, P]; [K, B, tiles, room] i32: the marked pages
+    few_ref, means_ref = refs or (None, None)
+    tile, block, k, probes = _program(bounds_ref, query_ref, ratio, size, rule, few_ref)
     none, room = rule.chunk_size, candidates_ref.shape[3]
 
     @pl.when(probes.block_live)
     def _():
         first, end = routed_middle(probes.own_chunk, rule)
         bound = request_bound(mass_ref, k, block, probes, threshold)
+        vote_bound = bound + math.log2(rule.vote_share)
         step = min(list_pages, pl.next_power_of_2(first_ref.shape[3]))
 
         def collect(i: Any, found: Any) -> Any:
@@ -136,6 +138,8 @@ def _requests_kernel(
             slot = found + jnp.cumsum(near, axis=0) - 1
             put = (near > 0) & (slot < room)
             plgpu.store(candidates_ref.at[outer(k, block, tile, jnp.where(put, slot, room))], page, mask=put)
+            for ref in votes_refs:
+                plgpu.store(ref.at[outer(k, block, tile, page)], jnp.zeros((step,), ref.dtype), mask=page < end)
             return found + jnp.sum(near)
 
         found = lax.fori_loop(0, (end - first + step - 1) // step, collect, jnp.int32(0))
@@ -149,10 +153,13 @@ def _requests_kernel(
             there = slot < wanted
             listed = plgpu.load(candidates_ref.at[outer(k, block, tile, slot)], mask=there & (slot < room), other=0)
             page = jnp.where(everything, first + slot, listed)
-            scores = page_scores(probes, keys_ref, None, None, k, page, there, rule)
+            scores = page_scores(probes, keys_ref, None, None, k, page, there, rule, means_ref)
             rows = first_rows(scores, bound, None, probes, none)
             page = jnp.where(there, page, first_ref.shape[3])
             plgpu.store(first_ref.at[outer(k, block, tile, page)], rows.astype(first_ref.dtype), mask=there)
+            for ref in votes_refs:
+                votes = jnp.sum((scores >= vote_bound[:, None]).astype(jnp.int32), axis=0)
+                plgpu.store(ref.at[outer(k, block, tile, page)], votes.astype(ref.dtype), mask=there)
 
         lax.fori_loop(0, (wanted + tile_pages - 1) // tile_pages, request, None)
 
@@ -161,38 +168,45 @@ def mark(
     query: Float[Array, "T N H"],
     bounds: Int[Array, " 2"],
     pages: Float[Array, "K P 2 g H"],
-    keys: Float[Array, "K parts P H"],
+    keys: Float[Array, "K parts P d"],
+    few: Float[Array, "T N d"] | None = None,
+    means: Float[Array, "K 1 P H"] | None = None,
     *,
     threshold: float,
     rule: Rule,
     config: Config,
     interpret: bool,
 ) -> tuple[Float[Array, "K B r"], Float[Array, "K B r"], Int[Array, "K B tiles P"]]:
-    """The masses of `scan`, and marks: 0 for the pages that a row of a tile may ask for, chunk_size for others of the routed middle."""
+    """The masses of `scan`, and marks: 0 for pages that a row of a tile may ask or vote for, chunk_size for others of the routed middle."""
     call, first = _launches(query, keys, rule, config, interpret)
     mass = jax.ShapeDtypeStruct((*first.shape[:2], rule.probes * query.shape[1] // first.shape[0]), jnp.float32)
     [window] = call(_windows_kernel, "scan_windows", [mass], [bounds, query, pages])
-    kernel = partial(_pages_kernel, threshold=threshold)
-    return window, *call(kernel, "scan_pages", [mass, first], [bounds, query, window, keys])
+    kernel = partial(_pages_kernel, threshold=threshold * rule.vote_share if rule.votes else threshold)
+    return window, *call(kernel, "scan_pages", [mass, first], [bounds, query, window, keys, few, means])
 
 
 def settle(
     query: Float[Array, "T N H"],
     bounds: Int[Array, " 2"],
-    keys: Float[Array, "K parts P H"],
+    keys: Float[Array, "K parts P d"],
     mass: Float[Array, "K B r"],
     marks: Int[Array, "K B tiles P"],
+    few: Float[Array, "T N d"] | None = None,
+    means: Float[Array, "K 1 P H"] | None = None,
     *,
     threshold: float,
     rule: Rule,
     config: Config,
     interpret: bool,
-) -> Int[Array, "K B tiles P"]:
-    """First rows in place of marks."""
+) -> tuple[Int[Array, "K B tiles P"], Int[Array, "K B tiles P"] | None]:
+    """First rows in place of marks, and votes where they count."""
     call, first = _launches(query, keys, rule, config, interpret)
     candidates = jax.ShapeDtypeStruct((*first.shape[:3], min(config.candidates, first.shape[3])), jnp.int32)
     kernel = partial(_requests_kernel, threshold=threshold, list_pages=config.list_pages)
-    return call(kernel, "scan_requests", [first, candidates], [bounds, query, keys, mass, marks], aliases={4: 0})[0]
+    votes = [jax.ShapeDtypeStruct(first.shape, jnp.int16)] if rule.votes else []
+    operands = [bounds, query, keys, mass, marks, few, means]
+    found = call(kernel, "scan_requests", [first, candidates, *votes], operands, aliases={4: 0})
+    return found[0], found[2] if rule.votes else None
 
 
 def _launches(
@@ -209,11 +223,15 @@ def scan(
     query: Float[Array, "T N H"],
     bounds: Int[Array, " 2"],
     pages: Float[Array, "K P 2 g H"],
-    keys: Float[Array, "K parts P H"],
+    keys: Float[Array, "K parts P d"],
+    few: Float[Array, "T N d"] | None = None,
+    means: Float[Array, "K 1 P H"] | None = None,
     **settings: Any,
-) -> tuple[Float[Array, "K B r"], Float[Array, "K B r"], Int[Array, "K B tiles P"]]:
-    """Log of the summed exponentials of each row's exact window scores, and of those and all page scores together; and the first row of
-    each chunk that asks for a page, by row tile; what lies outside a block's routed middle is not written. settings: those of `mark`.
+) -> tuple[Float[Array, "K B r"], Float[Array, "K B r"], Int[Array, "K B tiles P"], Int[Array, "K B tiles P"] | None]:
+    """Log of the summed exponentials of each row's exact window scores, and of those and all page scores together; and, by row tile, the
+    first row of each chunk that asks for a page and the number that vote for it (None: votes do not count); what lies outside a block's
+    routed middle is not written. few, means: where keys are deviations from their page's mean in few coordinates, the queries in those, and
+    the means. settings: those of `mark`.
     """
-    window, mass, marks = mark(query, bounds, pages, keys, **settings)
-    return window, mass, settle(query, bounds, keys, mass, marks, **settings)
+    window, mass, marks = mark(query, bounds, pages, keys, few, means, **settings)
+    return window, mass, *settle(query, bounds, keys, mass, marks, few, means, **settings)

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.sketch_prefill_routing.config import Rule
 from pallas_kernels.sketch_prefill_routing.keys import PageKeys
+from pallas_kernels.votes import is_open
 
 
 def _rows(query: Float[Array, "T N H"], bounds: Int[Array, " 2"], block: Int[Array, ""], kv_heads: int, rule: Rule):
@@ -31,9 +32,17 @@ def _products(rows: Float[Array, "K r H"], keys: Float[Array, "K *n H"]) -> Floa
 
 
 def _page_scores(
-    rows: Float[Array, "K r H"], keys: Float[Array, "K parts n H"], spreads: Float[Array, "K n"] | None, rule: Rule
+    rows: Float[Array, "K r H"],
+    keys: Float[Array, "K parts n d"],
+    spreads: Float[Array, "K n"] | None,
+    rule: Rule,
+    few: Float[Array, "K r d"] | None = None,
+    means: Float[Array, "K n H"] | None = None,
 ) -> Float[Array, "K r n"]:
-    best = _products(rows, keys).max(2)
+    """few: the rows' coordinates that keys have; then means hold the rest."""
+    best = _products(rows if few is None else few, keys).max(2)
+    if means is not None:
+        best += _products(rows, means)
     if spreads is not None:
         norm = jnp.sqrt(jnp.sum(rows.astype(jnp.float32) ** 2, axis=-1))
         best += rule.spread * norm[..., None] * spreads[:, None]
@@ -64,44 +73,64 @@ def _window_mass(
 
 
 def _masses(query, bounds, pages, scores_of, rule: Rule) -> tuple[Float[Array, "K B r"], Float[Array, "K B r"]]:
-    """Of the windows, and of those and all pages of the routed middle. scores_of: rows -> scores of all pages."""
+    """Of the windows, and of those and all pages of the routed middle. scores_of: (rows, their block) -> scores of all pages."""
     kv_heads, count = pages.shape[:2]
 
     def one(block: Int[Array, ""]) -> tuple[Array, Array]:
         rows, position, _, _ = _rows(query, bounds, block, kv_heads, rule)
         window = _window_mass(rows, position, bounds, block, pages, rule)
-        scores = jnp.where(middle(bounds, block, count, rule), scores_of(rows), -jnp.inf)
+        scores = jnp.where(middle(bounds, block, count, rule), scores_of(rows, block), -jnp.inf)
         return window, jnp.logaddexp(window, jax.nn.logsumexp(scores, axis=-1))
 
     window, mass = lax.map(one, jnp.arange(rule.blocks(query.shape[0])))
     return window.swapaxes(0, 1), mass.swapaxes(0, 1)
 
 
-def scan(query, bounds, pages, keys, *, threshold: float, rule: Rule):
+def scan(query, bounds, pages, keys, few=None, means=None, *, threshold: float, rule: Rule):
     """See scan.scan; everything is written."""
-    window, mass = _masses(query, bounds, pages, lambda rows: _page_scores(rows, keys, None, rule), rule)
-    return window, mass, _requests(query, bounds, keys, None, mass, threshold, rule)
+
+    def scores_of(rows: Array, block: Array) -> Array:
+        return _page_scores(rows, keys, None, rule, *_few(few, means, bounds, block, rule))
+
+    window, mass = _masses(query, bounds, pages, scores_of, rule)
+    return window, mass, *_requests(query, bounds, len(keys), scores_of, mass, threshold, rule)
+
+
+def _few(few, means, bounds, block, rule: Rule) -> tuple[Array, Array] | tuple[None, None]:
+    """A block's rows in few coordinates, and the pages' means."""
+    return (None, None) if few is None else (_rows(few, bounds, block, len(means), rule)[0], means[:, 0])
 
 
 def probe_mass(query, bounds, pages, means, spreads, *, threshold: float, rule: Rule):
     """See kernel.probe_mass; everything is written."""
-    window, mass = _masses(query, bounds, pages, lambda rows: _page_scores(rows, means, spreads, rule), rule)
-    return window, mass, _requests(query, bounds, means, spreads, window, threshold, rule)
+
+    def scores_of(rows: Array, _: Array) -> Array:
+        return _page_scores(rows, means, spreads, rule)
+
+    window, mass = _masses(query, bounds, pages, scores_of, rule)
+    return window, mass, _requests(query, bounds, len(means), scores_of, window, threshold, rule)[0]
 
 
-def _requests(query, bounds, keys, spreads, mass, threshold: float, rule: Rule) -> Int[Array, "K B 1 P"]:
-    kv_heads, count = keys.shape[0], keys.shape[2]
+def _requests(
+    query, bounds, kv_heads: int, scores_of, mass, threshold: float, rule: Rule
+) -> tuple[Int[Array, "K B 1 P"], Int[Array, "K B 1 P"] | None]:
 
-    def one(block: Int[Array, ""]) -> Array:
+    def one(block: Int[Array, ""]) -> tuple[Array, Array | None]:
         rows, _, offset, live = _rows(query, bounds, block, kv_heads, rule)
-        scores = jnp.where(middle(bounds, block, count, rule), _page_scores(rows, keys, spreads, rule), -jnp.inf)
-        asking = live[:, None] & (scores >= (mass[:, block] + math.log(threshold))[..., None])
-        return jnp.min(jnp.where(asking, offset[:, None], rule.chunk_size), axis=1)
+        scores = scores_of(rows, block)
+        scores = jnp.where(middle(bounds, block, scores.shape[2], rule), scores, -jnp.inf)
 
-    return lax.map(one, jnp.arange(mass.shape[1])).swapaxes(0, 1)[:, :, None]
+        def reaching(share: float) -> Array:
+            return live[:, None] & (scores >= (mass[:, block] + math.log(share))[..., None])
+
+        first = jnp.min(jnp.where(reaching(threshold), offset[:, None], rule.chunk_size), axis=1)
+        return first, jnp.sum(reaching(threshold * rule.vote_share), axis=1) if rule.votes else None
+
+    found = lax.map(one, jnp.arange(mass.shape[1]))
+    return jax.tree.map(lambda x: x.swapaxes(0, 1)[:, :, None], found)
 
 
-def _listed(query, bounds, block, keys, spreads, ids, since, counts, rule: Rule):
+def _listed(query, bounds, block, keys, spreads, ids, since, counts, rule: Rule, few=None, means=None):
     """Scores [K, r, M] of a block's listed pages, which rows see them, row offsets, liveness."""
     rows, _, offset, live = _rows(query, bounds, block, keys.shape[0], rule)
     there = jnp.arange(ids.shape[2]) < counts[:, block, None]
@@ -109,7 +138,10 @@ def _listed(query, bounds, block, keys, spreads, ids, since, counts, rule: Rule)
     listed = jax.vmap(lambda keys, page: keys[:, page])(keys, page)
     spread = None if spreads is None else jnp.take_along_axis(spreads, page, axis=1)
     seen = there[:, None] & (since[:, block][:, None] <= offset[:, None])
-    return _page_scores(rows, listed, spread, rule), seen, there, page, offset, live
+    few, means = _few(few, means, bounds, block, rule)
+    if means is not None:
+        means = jax.vmap(lambda means, page: means[page])(means, page)
+    return _page_scores(rows, listed, spread, rule, few, means), seen, there, page, offset, live
 
 
 def refine(query, bounds, pages, keys: PageKeys, ids, since, counts, *, threshold: float, rule: Rule) -> Int[Array, "K B 1 P"]:
@@ -130,11 +162,11 @@ def refine(query, bounds, pages, keys: PageKeys, ids, since, counts, *, threshol
     return lax.map(one, jnp.arange(counts.shape[1])).swapaxes(0, 1)[:, :, None]
 
 
-def listed_mass(query, bounds, keys, spreads, mass, ids, since, counts, *, rule: Rule) -> Float[Array, "K B r"]:
+def listed_mass(query, bounds, keys, spreads, mass, ids, since, counts, few=None, means=None, *, rule: Rule) -> Float[Array, "K B r"]:
     """See kernel.listed_mass."""
 
     def one(block: Int[Array, ""]) -> Array:
-        scores, seen, *_ = _listed(query, bounds, block, keys, spreads, ids, since, counts, rule)
+        scores, seen, *_ = _listed(query, bounds, block, keys, spreads, ids, since, counts, rule, few, means)
         return jnp.where(seen, jnp.exp(scores - mass[:, block, :, None]), 0).sum(-1)
 
     return lax.map(one, jnp.arange(mass.shape[1])).swapaxes(0, 1)
@@ -154,14 +186,20 @@ def _list(carried: Bool[Array, "K P"], first: Int[Array, "K P"], capacity: int, 
     return put(slot, page), put(slot, since), counts, taken
 
 
-def page_lists(first: Int[Array, "K B tiles P"], stamps: Int[Array, "K P"], bounds, *, capacity: int, rule: Rule):
+def page_lists(
+    first: Int[Array, "K B tiles P"], stamps: Int[Array, "K P"], bounds, *, capacity: int, rule: Rule, votes: Array | None = None
+):
     """See lists.page_lists."""
     none = rule.chunk_size
     asked = first_asked(first, jnp.arange(first.shape[1]), bounds, rule)
+    kept = None if votes is None else kept_open(votes, stamps, bounds, rule)
 
     def one(block: Int[Array, ""]) -> tuple[Array, Array, Array]:
-        before = (block > 0) & (asked[:, jnp.maximum(block - 1, 0)] < none)
-        carried = before | (stamps >= bounds[0] // rule.chunk_size + block - 1)
+        if kept is None:
+            before = (block > 0) & (asked[:, jnp.maximum(block - 1, 0)] < none)
+            carried = before | (stamps >= bounds[0] // rule.chunk_size + block - 1)
+        else:
+            carried = kept[:, block]
         live = _block_live(bounds, block, rule)
         return _list(carried & live, jnp.where(live, asked[:, block], none), capacity, none)[:3]
 
@@ -176,6 +214,20 @@ def first_asked(first: Int[Array, "K B tiles P"], block: Int[Array, " B"], bound
     """The first row of each block that asks for each page, int32; chunk_size outside the routed middle, where kernels write nothing."""
     there = middle(bounds, block, first.shape[3], rule) & _block_live(bounds, block, rule)[:, None]
     return jnp.where(there, first.astype(jnp.int32).min(2), rule.chunk_size)
+
+
+def votes_cast(votes: Int[Array, "K B tiles P"], bounds: Int[Array, " 2"], rule: Rule) -> Int[Array, "K B P"]:
+    """Votes of each block for each page; none outside the routed middle, where kernels write nothing."""
+    block = jnp.arange(votes.shape[1])
+    there = middle(bounds, block, votes.shape[3], rule) & _block_live(bounds, block, rule)[:, None]
+    return jnp.where(there, votes.astype(jnp.int32).sum(2), 0)
+
+
+def kept_open(votes: Int[Array, "K B tiles P"], stamps: Int[Array, "K P"], bounds: Int[Array, " 2"], rule: Rule) -> Bool[Array, "K B P"]:
+    """Which pages are open to each block before it asks."""
+    own = bounds[0] // rule.chunk_size + jnp.arange(votes.shape[1])[:, None]
+    before = jnp.pad(votes_cast(votes, bounds, rule), ((0, 0), (1, 0), (0, 0)))[:, :-1]
+    return is_open(stamps[:, None], own, rule.votes, before)
 
 
 def lists_in_order(first: Int[Array, "K B tiles P"], stamps: Int[Array, "K P"], bounds, *, capacity: int, rule: Rule):

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from pallas_kernels.sketch_routing import kernel, xla
 from pallas_kernels.sketch_routing.config import Config
+from pallas_kernels.votes import is_open
 
 LEVELS = (-1.5104, -0.4528, 0.4528, 1.5104)  # Lloyd-Max quantiser of a unit Gaussian; codes 0..3 ascending
 THRESHOLDS = (-0.9816, 0.0, 0.9816)
@@ -37,7 +38,7 @@ def list_shape(pages: int, capacity: int) -> tuple[int, int]:
 
 
 class Pages(NamedTuple):
-    """stamps [K, P]: the last chunk in which a page was requested.
+    """stamps [K, P]: the last chunk in which a page was requested, or what pallas_kernels.votes says.
 
     fresh: pages that this token opened, in addition to those that `carried_pages` gave. carried: those open for the next token.
     counts [K, parts, 2]: pages visible to this token, requests refused for lack of room.
@@ -93,6 +94,7 @@ def carried_pages(
     own_chunk: Int[Array, ""],
     *,
     capacity: int,
+    votes: int = 0,
     implementation: Literal["pallas", "xla"],
     config: Config | None = None,
     interpret: bool = False,
@@ -100,9 +102,12 @@ def carried_pages(
     """The pages that earlier requests leave open for a token of `own_chunk`: known before its queries are."""
     parts, room = list_shape(stamps.shape[1], capacity)
     if implementation == "xla":
-        return PageList(*xla.page_list(stamps >= own_chunk - 1, parts, room))
-    own_chunk = own_chunk[None].astype(jnp.int32)
-    return PageList(*kernel.carried_pages(stamps, own_chunk, parts=parts, room=room, config=config or Config(), interpret=interpret))
+        seen = is_open(stamps, own_chunk, votes) if votes else stamps >= own_chunk - 1
+        return PageList(*xla.page_list(seen, parts, room))
+    rules = {"parts": parts, "room": room, "votes": votes}
+    return PageList(
+        *kernel.carried_pages(stamps, own_chunk[None].astype(jnp.int32), **rules, config=config or Config(), interpret=interpret)
+    )
 
 
 def pack_codes(codes: Int[Array, "*n H"]) -> UInt8[Array, "*n B"]:
@@ -175,6 +180,8 @@ def sketch_routing(
     threshold: float,
     capacity: int,
     scale: float,
+    votes: int = 0,
+    vote_share: float = 1.0,
     implementation: Literal["pallas", "xla"],
     config: Config | None = None,
     interpret: bool = False,
@@ -183,7 +190,9 @@ def sketch_routing(
 
     next_chunk: that of the next token, for the list handed on to it. means are of the unrotated keys; codes and scales describe their
     rotated residuals. window[:, :, 0] and [:, :, 1]: largest exact score and sum of exp(score - largest) of each split of the windows, from
-    `routed_decode_attention.window_attention`. stamps: updated in place when donated. Source: README, the sketch policy.
+    `routed_decode_attention.window_attention`. stamps: updated in place when donated. votes: 0, and requests stay open to the end of the
+    next chunk; otherwise to the end of their own, and pages to which so many (query, head) pairs of a chunk give vote_share * threshold of
+    their mass (a share of 1 at most) stay open to all of the next. Source: README, the sketch policy.
     """
     check_sketch(means.shape[1], codes.shape[1], group_size)
     middle = middle_of(own_chunk, next_chunk, sink_chunks, local_chunks)
@@ -191,8 +200,8 @@ def sketch_routing(
     heads, chunk_size = query.shape[1], codes.shape[1] // means.shape[1]
     how = {"implementation": implementation, "config": config, "interpret": interpret}
     scores = scan(prepared, codes, scales, middle, heads=heads, group_size=group_size, scale=scale, **how)
-    pages_per_chunk = chunk_size // group_size
-    return select(scores, window, stamps, middle, pages_per_chunk=pages_per_chunk, threshold=threshold, capacity=capacity, **how)
+    rules = {"pages_per_chunk": chunk_size // group_size, "threshold": threshold, "votes": votes, "vote_share": vote_share}
+    return select(scores, window, stamps, middle, capacity=capacity, **rules, **how)
 
 
 class Scores(NamedTuple):
@@ -234,13 +243,22 @@ def select(
     pages_per_chunk: int,
     threshold: float,
     capacity: int,
+    votes: int = 0,
+    vote_share: float = 1.0,
     implementation: Literal["pallas", "xla"],
     config: Config | None = None,
     interpret: bool = False,
 ) -> Pages:
     """The pages that the scores ask for; arguments as for `sketch_routing`."""
     parts, room = list_shape(stamps.shape[1], capacity)
-    rules = {"pages_per_chunk": pages_per_chunk, "threshold": threshold, "parts": parts, "room": room}
+    rules = {
+        "pages_per_chunk": pages_per_chunk,
+        "threshold": threshold,
+        "parts": parts,
+        "room": room,
+        "votes": votes,
+        "vote_share": vote_share,
+    }
     if implementation == "xla":
         return _pages(*xla.select(*scores, window, stamps, middle, **rules))
     return _pages(*kernel.select(*scores, window, stamps, middle, config=config or Config(), interpret=interpret, **rules))

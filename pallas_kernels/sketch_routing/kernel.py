@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from pallas_kernels.limits import check_offsets, power_of_two
 from pallas_kernels.sketch_routing.config import Config
+from pallas_kernels.votes import NEVER, is_open, stamp_of, votes_in
 
 INNER, OUTER = 849 / 512, 2832 / 512  # 0.4528 and 1.5104, the Lloyd-Max levels of a unit Gaussian, over LEVEL_UNIT
 LEVEL_UNIT = 0.4528 / INNER
@@ -269,11 +270,13 @@ def select_program(
     *,
     pages_per_chunk: int,
     threshold: float,
+    votes: int,
+    vote_share: float,
     config: Config,
 ):
     """The body of a selecting program. Returns how many pages are visible."""
     pages, padded, heads = scores_ref.shape[1], scores_ref.shape[2], window_ref.shape[3]
-    parts = counts_ref.shape[1]
+    parts, never = counts_ref.shape[1], NEVER if votes else -2
     room_of_part = (visible or fresh).ids.shape[1] // parts
     step = min(config.select_pages, pl.next_power_of_2(-(-pages // parts)))
     head = jnp.arange(padded)
@@ -282,9 +285,12 @@ def select_program(
 
     def load(i):
         page = (i * step + jnp.arange(step)) * parts + part
-        stamps = plgpu.load(stamps_ref.at[k, page], mask=page < end, other=-2)
+        stamps = plgpu.load(stamps_ref.at[k, page], mask=page < end, other=never)
         middle = (page < end) & (page >= first)
         return page, stamps, middle, plgpu.load(scores_ref.at[k, page[:, None], head[None, :]], mask=middle[:, None], other=-jnp.inf)
+
+    def kept(stamps, chunk):
+        return (is_open(stamps, chunk, votes) if votes else stamps >= chunk - 1).astype(jnp.int32)
 
     ahead = load(0)  # on its way while the softmax sums are put together
 
@@ -304,41 +310,53 @@ def select_program(
     total = total_a * jnp.exp(peak_a - safe) + total_b * jnp.exp(peak_b - safe)
     unit = safe + jnp.log(jnp.where(total > 0, total, 1))  # exp(score - unit) is a page's share of the mass
     bound = jnp.where(head < heads, unit + math.log(threshold), jnp.inf)
+    vote_bound = bound + math.log(vote_share)
 
     def decide(loaded, carry):
-        kept_before, fresh_before, seen_before, unopened = carry
+        listed_before, fresh_before, seen_before, unopened = carry
         page, stamps, middle, scores = loaded
         wanted = jnp.max((scores >= bound[None, :]).astype(jnp.int32), axis=1) * middle.astype(jnp.int32)
-        seen = (stamps >= own - 1).astype(jnp.int32)
+        seen = kept(stamps, own)
         new = wanted * (1 - seen)
         # What the second list has beside new pages: all that were seen, or those that the next token still sees.
-        kept = seen if carried is None else seen * ((wanted > 0) | (stamps >= after - 1)).astype(jnp.int32)
-        running = jnp.cumsum(kept + (new << 16), axis=0)
+        listed = seen if votes or carried is None else seen * ((wanted > 0) | (stamps >= after - 1)).astype(jnp.int32)
+        running = jnp.cumsum(listed + (new << 16), axis=0)
         new_rank = running >> 16
         room = jnp.maximum(room_of_part - seen_all - fresh_before, 0)
         taken = new * (new_rank <= room).astype(jnp.int32)
         open_to_it = seen + taken
-        plgpu.store(stamps_out_ref.at[k, page], jnp.broadcast_to(own, (step,)), mask=(wanted * open_to_it) > 0)
-        kept_rank = kept_before + (running & 0xFFFF) + jnp.minimum(new_rank, room) - 1
-        for listing, chosen, rank in ((fresh, taken > 0, fresh_before + new_rank - 1), (visible or carried, kept + taken > 0, kept_rank)):
+        listed, listed_rank = listed + taken, (running & 0xFFFF) + jnp.minimum(new_rank, room)
+        if votes:
+            cast = jnp.sum((scores >= vote_bound[None, :]).astype(jnp.int32), axis=1) * middle.astype(jnp.int32)
+            stamps = jnp.where(cast > 0, stamp_of(own, open_to_it > 0, votes_in(stamps, own) + cast), stamps)
+            plgpu.store(stamps_out_ref.at[k, page], stamps, mask=cast > 0)
+            if carried is not None:  # only now that this token's votes are counted
+                listed = kept(stamps, after) * (page < end).astype(jnp.int32)
+                listed_rank = jnp.cumsum(listed, axis=0)
+        else:
+            plgpu.store(stamps_out_ref.at[k, page], jnp.broadcast_to(own, (step,)), mask=(wanted * open_to_it) > 0)
+        for listing, chosen, rank in (
+            (fresh, taken > 0, fresh_before + new_rank - 1),
+            (visible or carried, listed > 0, listed_before + listed_rank - 1),
+        ):
             if listing is not None:
                 put = chosen & (rank < room_of_part)
                 plgpu.store(listing.ids.at[k, jnp.where(put, part * room_of_part + rank, parts * room_of_part)], page, mask=put)
         unopened += jnp.sum(jnp.where((open_to_it > 0)[:, None], 0.0, jnp.exp(scores - unit[None, :])), axis=0)
-        both = jnp.sum(kept + taken + (new << 16))
-        return kept_before + (both & 0xFFFF), fresh_before + (both >> 16), seen_before + jnp.sum(seen), unopened
+        both = jnp.sum(listed + (new << 16))
+        return listed_before + (both & 0xFFFF), fresh_before + (both >> 16), seen_before + jnp.sum(seen), unopened
 
     nothing = jnp.int32(0), jnp.int32(0), jnp.int32(0), jnp.zeros((padded,), jnp.float32)
     if pages <= step * parts:
-        seen_all = jnp.sum((ahead[1] >= own - 1).astype(jnp.int32))
-        kept, new, seen, unopened = decide(ahead, nothing)
+        seen_all = jnp.sum(kept(ahead[1], own))
+        listed, new, seen, unopened = decide(ahead, nothing)
     else:
         steps = (jnp.maximum(end, 1) + step * parts - 1) // (step * parts)
-        seen_all = lax.fori_loop(0, steps, lambda i, n: n + jnp.sum((load(i)[1] >= own - 1).astype(jnp.int32)), jnp.int32(0))
-        kept, new, seen, unopened = lax.fori_loop(1, steps, lambda i, c: decide(load(i), c), decide(ahead, nothing))
+        seen_all = lax.fori_loop(0, steps, lambda i, n: n + jnp.sum(kept(load(i)[1], own)), jnp.int32(0))
+        listed, new, seen, unopened = lax.fori_loop(1, steps, lambda i, c: decide(load(i), c), decide(ahead, nothing))
     taken = jnp.minimum(new, jnp.maximum(room_of_part - seen_all, 0))
     seen_now = jnp.minimum(seen + taken, room_of_part)
-    for listing, count in ((visible, seen_now), (fresh, taken), (carried, jnp.minimum(kept, room_of_part))):
+    for listing, count in ((visible, seen_now), (fresh, taken), (carried, jnp.minimum(listed, room_of_part))):
         if listing is not None:
             listing.count[k, part] = count
     counts_ref[k, part, 0] = seen_now
@@ -350,12 +368,11 @@ def select_program(
 def _select_kernel(
     scores_ref, partial_ref, window_ref, stamps_ref, chunks_ref,  # as in select_program
     stamps_out_ref, fresh_ref, fresh_count_ref, carried_ref, carried_count_ref, counts_ref, unopened_ref,
-    *, pages_per_chunk: int, threshold: float, config: Config,
+    **rules,
 ):  # fmt: skip
     select_program(
         pl.program_id(0), pl.program_id(1), scores_ref, partial_ref, window_ref, stamps_ref, chunks_ref, stamps_out_ref, counts_ref,
-        unopened_ref, None, Listing(fresh_ref, fresh_count_ref), Listing(carried_ref, carried_count_ref),
-        pages_per_chunk=pages_per_chunk, threshold=threshold, config=config,
+        unopened_ref, None, Listing(fresh_ref, fresh_count_ref), Listing(carried_ref, carried_count_ref), **rules,
     )  # fmt: skip
 
 
@@ -370,13 +387,16 @@ def select(
     threshold: float,
     parts: int,
     room: int,
+    votes: int = 0,
+    vote_share: float = 1.0,
     config: Config,
     interpret: bool,
 ) -> tuple[Array, ...]:
     """Stamps with this token's requests (in place), the lists and figures of api.Pages."""
     kv_heads, pages, _ = scores.shape
     check_offsets(scores=scores)
-    kernel = partial(_select_kernel, pages_per_chunk=pages_per_chunk, threshold=threshold, config=config)
+    rules = {"pages_per_chunk": pages_per_chunk, "threshold": threshold, "votes": votes, "vote_share": vote_share}
+    kernel = partial(_select_kernel, **rules, config=config)
     shapes = [(pages,), (parts * room,), (parts,), (parts * room,), (parts,), (parts, 2)]
     return pl.pallas_call(
         kernel,
@@ -400,6 +420,7 @@ def _carried_kernel(
     carried_ref,  # [K, parts * M] i32 device, out
     count_ref,  # [K, parts] i32 device, out
     *,
+    votes: int,
     config: Config,
 ):
     k, part = pl.program_id(0), pl.program_id(1)
@@ -409,7 +430,8 @@ def _carried_kernel(
 
     def one(i, before):
         page = (i * step + jnp.arange(step)) * parts + part
-        seen = plgpu.load(stamps_ref.at[k, page], mask=page < pages, other=-2) >= own_ref[0] - 1
+        stamps = plgpu.load(stamps_ref.at[k, page], mask=page < pages, other=NEVER if votes else -2)
+        seen = is_open(stamps, own_ref[0], votes) if votes else stamps >= own_ref[0] - 1
         rank = before + jnp.cumsum(seen.astype(jnp.int32), axis=0) - 1
         put = seen & (rank < room)
         plgpu.store(carried_ref.at[k, jnp.where(put, part * room + rank, parts * room)], page, mask=put)
@@ -419,12 +441,12 @@ def _carried_kernel(
 
 
 def carried_pages(
-    stamps: Int[Array, "K P"], own_chunk: Int[Array, " 1"], *, parts: int, room: int, config: Config, interpret: bool
+    stamps: Int[Array, "K P"], own_chunk: Int[Array, " 1"], *, parts: int, room: int, votes: int, config: Config, interpret: bool
 ) -> tuple[Int[Array, "K M"], Int[Array, "K parts"]]:
     """The pages that earlier requests leave open for a token of `own_chunk`, and how many they are."""
     kv_heads = stamps.shape[0]
     return pl.pallas_call(
-        partial(_carried_kernel, config=config),
+        partial(_carried_kernel, votes=votes, config=config),
         grid=(kv_heads, parts),
         in_specs=[pl.no_block_spec] * 2,
         out_specs=[pl.no_block_spec] * 2,

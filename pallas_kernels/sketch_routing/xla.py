@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from pallas_kernels.votes import is_open, stamp_of, votes_in
+
 LEVELS = (-1.5104, -0.4528, 0.4528, 1.5104)
 
 
@@ -52,6 +54,8 @@ def select(
     threshold: float,
     parts: int,
     room: int,
+    votes: int = 0,
+    vote_share: float = 1.0,
 ) -> tuple[Array, ...]:
     """Threshold, stamps, page lists, figures; see kernel.select."""
     own, after = middle[2], middle[3]
@@ -60,19 +64,24 @@ def select(
     scores, partials = scores[:, :, :heads].swapaxes(1, 2), partials[..., :heads]
     total = jnp.logaddexp(jax.nn.logsumexp(partials[:, :, 0], axis=1, b=partials[:, :, 1]), windows)
     wanted = (scores >= (total + math.log(threshold))[..., None]).any(1) & (scores > -jnp.inf).any(1)
-    seen = (stamps >= own - 1) & (jnp.arange(stamps.shape[1]) < middle[1] * pages_per_chunk)
+    kept = is_open(stamps, own, votes) if votes else stamps >= own - 1
+    seen = kept & (jnp.arange(stamps.shape[1]) < middle[1] * pages_per_chunk)
     fresh = wanted & ~seen
     by_part = partial(_by_part, parts=parts)
     left = jnp.maximum(room - by_part(seen).sum(2, keepdims=True), 0)
     granted = by_part(fresh) & (jnp.cumsum(by_part(fresh), axis=2) <= left)
     taken = granted.swapaxes(1, 2).reshape(granted.shape[0], -1)[:, : stamps.shape[1]]
     visible = seen | taken
-    stamps = jnp.where(wanted & visible, own, stamps)
+    if votes:
+        cast = ((scores >= (total + math.log(threshold * vote_share))[..., None]) & (scores > -jnp.inf)).sum(1)
+        stamps = jnp.where(cast > 0, stamp_of(own, visible, votes_in(stamps, own) + cast), stamps)
+    else:
+        stamps = jnp.where(wanted & visible, own, stamps)
     refused = by_part(fresh & ~taken).sum(2)
     counts = jnp.stack([jnp.minimum(by_part(visible).sum(2), room), refused], axis=2).astype(jnp.int32)
     shares = jnp.where(visible[:, None], 0, jnp.exp(scores - total[..., None]))
     unopened = jax.vmap(by_part, 1, 3)(shares).sum(2)
-    carried = visible & (stamps >= after - 1)
+    carried = is_open(stamps, after, votes) if votes else visible & (stamps >= after - 1)
     return stamps, *page_list(taken, parts, room), *page_list(carried, parts, room), counts, unopened
 
 
