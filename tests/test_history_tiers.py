@@ -69,17 +69,18 @@ def test_every_tier_writes_the_same_text(decoder, policy, rule):
         assert 0 < totals["bank"].bank_hits < totals["bank"].bank_requests
 
 
+@pytest.mark.parametrize("tier", ["device", "host", "bank"])
 @pytest.mark.parametrize("rule", [{}, VOTES], ids=["requests", "votes"])
-def test_kernels_give_the_same_outputs(rule):
-    """The kernels, interpreted, over the host tier: one layer's outputs for ten tokens across a chunk closing."""
-    config = HGAConfig(**SMALL, **rule)
-    plain, operations, kernels = (
-        HGAAttention(config, **how) for how in ({}, {"tier": "host"}, {"tier": "host", "implementation": "interpret"})
-    )
+def test_kernels_give_the_same_outputs(rule, tier):
+    """The kernels, interpreted, over every tier: one layer's outputs for ten tokens across a chunk closing."""
+    config, how = HGAConfig(**SMALL, **rule), TIERS[tier]
+    plain, operations, kernels = (HGAAttention(config, **how) for how in ({}, how, how | {"implementation": "interpret"}))
     rng = np.random.default_rng(1)
     q, k, v = (jnp.asarray(rng.standard_normal((90, n, 16)), jnp.float32) for n in (4, 2, 2))
-    _, done, _ = jax.jit(plain.prefill)(q[:75], k[:75], v[:75], plain.init_state(96, 2, 16, jnp.float32), jnp.int32(75))
-    state, _ = operations.unload(operations.init_state(96, 2, 16, jnp.float32), done, 0, 75, 96)
+    _, state, _ = jax.jit(plain.prefill)(q[:75], k[:75], v[:75], plain.init_state(96, 2, 16, jnp.float32), jnp.int32(75))
+    if tier != "device":
+        state, _ = operations.unload(operations.init_state(96, 2, 16, jnp.float32), state, 0, 75, 96)
+    [state] = operations.before_decoding((state,))
     outputs = []
     for backend in (operations, kernels):
         after, step, settle = state, jax.jit(backend.decode), jax.jit(backend.settle)
