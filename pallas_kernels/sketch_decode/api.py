@@ -97,9 +97,9 @@ def attend_selected(
     programs to finish merges. As launches that waited for each other, these took 4.9, 7.2 and 3.1 us, the bank's plan 3.2 (H100, as above).
 
     bank: pages are looked for there first. One that is missing is read from `store`, used, and kept in a slot of its part (the slots are
-    dealt out evenly): an empty one, else that of the page with the lowest stamp, unless it is visible now or, under votes, got any in this
-    chunk or the one before; if there is none, it is only read. So a part keeps the pages that its requests asked for last, as many as it
-    has slots. votes, vote_share: see `sketch_routing.sketch_routing`. stamps and bank: updated in place when donated.
+    dealt out evenly): an empty one, else that of the page with the lowest stamp, if that is from before the last chunk (that of a page
+    visible now never is); if there is none, it is only read. So a part keeps the pages that its requests, or votes, were last for, as many
+    as it has slots. votes, vote_share: see `sketch_routing.sketch_routing`. stamps and bank: updated in place when donated.
     """
     parts, room = routing.list_shape(stamps.shape[1], capacity)
     selection = {"pages_per_chunk": pages_per_chunk, "threshold": threshold, "votes": votes, "vote_share": vote_share}
