@@ -6,6 +6,7 @@ from session_cases import CTX, HGA, prompt, tiny_model, turn, turns
 
 from hga_jax.cache.disk import StoreError
 from hga_jax.cache.page_cache import PageCache
+from hga_jax.config import HGAConfig
 
 HISTORY_BYTES = CTX * 2 * 2 * 2 * 16 * 4  # layers, K and V, kv heads, head dim, float32
 GIB = 2**30
@@ -44,6 +45,18 @@ def test_same_tokens_as_in_memory(model, in_memory, tmp_path, share):
     assert 0 <= result.bank_hit_rate <= 1
     assert (result.disk_read_bytes_per_token > 0) == (result.bank_hit_rate < 1)
     assert 2**20 > result.history_bytes > 0
+
+
+def test_votes_keep_the_same_pages_open(model, tmp_path):
+    """Decoding from disk across chunk ends, and from where the session was closed, as with the history in memory."""
+    hga, found = HGAConfig(**vars(HGA) | {"votes": 5, "vote_share": 0.3, "threshold": 0.05}), []
+    for options in ({}, {"kv_store": str(tmp_path), "host_memory": 0.0}):
+        folder, options = tmp_path / f"a{len(found)}", {"ctx": CTX, "hga": hga} | options
+        with model.session(folder, **options) as session:
+            first = turn(session, 1, 121, new=30)
+        with model.session(folder, **options) as session:
+            found.append((first, turn(session, 2, 20, new=30)))
+    assert found[0] == found[1]
 
 
 def test_run_without_a_session_leaves_nothing_behind(model, in_memory, tmp_path):

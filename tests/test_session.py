@@ -9,9 +9,11 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from session_cases import CTX, HGA, prompt, tiny_model, turn, turns
@@ -27,6 +29,7 @@ from hga_jax.session.__main__ import main as command
 from hga_jax.session.folder import sessions
 from hga_jax.session.manifest import Manifest
 from hga_jax.session.state_format import StateFormat
+from pallas_kernels.votes import NEVER, oldest_open
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +40,45 @@ def model():
 def assert_same_states(a, b) -> None:
     for left, right in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_array_equal(np.asarray(left), np.asarray(right))
+
+
+VOTES = HGAConfig(**vars(HGA) | {"votes": 5, "vote_share": 0.3, "threshold": 0.05})
+
+
+def what_matters(states) -> list:
+    """States with the stamps of pages that no later query sees by them made equal."""
+    return [replace(s, stamps=jnp.where(s.stamps >= oldest_open(s.length // HGA.chunk_size), s.stamps, NEVER)) for s in states]
+
+
+@pytest.mark.parametrize("tokens", [113, 120, 121, 122])
+def test_votes_go_on_as_if_never_closed(model, tmp_path, tokens):
+    """With 120, 127, 128 and 129 tokens held: inside chunks and at their ends, before, at and behind the end of a stored block."""
+    with model.session(tmp_path / "kept", ctx=CTX, hga=VOTES) as session:
+        first, states = turn(session, 1, tokens, new=8), what_matters(session._states)
+        second, after = turn(session, 2, 60, new=8), what_matters(session._states)
+    assert any((s.stamps > NEVER).any() for s in states)  # pages have votes when the session is closed
+    with model.session(tmp_path / "other" / "closed", ctx=CTX, hga=VOTES) as session:
+        assert turn(session, 1, tokens, new=8) == first
+    with model.session(tmp_path / "other" / "closed", ctx=CTX, hga=VOTES) as session:
+        result = session.generate(prompt(2, 60), max_new_tokens=8)
+        assert result.reused_tokens == tokens + 7
+        assert result.tokens == second
+        assert_same_states(what_matters(session._states), after)
+
+
+def test_votes_at_a_reuse_point_inside_a_prompt(model, tmp_path, monkeypatch):
+    """As in `test_prompt_in_long_and_short_segments`."""
+    monkeypatch.setattr(recording, "on_cuda", lambda: True)
+    monkeypatch.setattr(recording, "SMALL_SEGMENT", 32)
+    ids = prompt(6, 250)
+    other = np.concatenate([ids[:230], prompt(7, 20)])
+    expected = model.generate(other, max_new_tokens=4, ctx=CTX, hga=VOTES).tokens
+    with model.session(tmp_path / "a", ctx=CTX, hga=VOTES) as session:
+        session.generate(ids, max_new_tokens=4)
+    with model.session(tmp_path / "b", ctx=CTX, hga=VOTES) as session:
+        result = session.generate(other, max_new_tokens=4)
+    assert result.reused_tokens == 224
+    assert result.tokens == expected
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 8, 9, 120, 121, 127, 128])

@@ -8,7 +8,8 @@ tokens before it and of its own, so the same beginning of a prompt is the same c
         pages/           TensorStore zarr3 [L, K, pages, 2, g, H]: one file a layer, its bytes in order, then their CRC-32C
         piece_sums/      zarr3 [L, K, chunks]: the CRC-32 of each *piece*, the pages of one kv head and chunk
         summaries.<i>/   zarr3 [L, K, entries, ...], one file for each array the policy keeps
-        requests/        zarr3 [L, R, K, pages held, 2 bits]: what the queries before each of R reuse points had requested lately
+        requests/        zarr3 [L, R, K, pages held, 2 bits]: what the queries before each of R reuse points had requested lately;
+                         two bytes a page where votes count
 
 A layer of a block is read whole by resuming, which checks the file's own checksum, and piece by piece by decoding from disk: byte ranges
 of the same file, checked against piece_sums. hga_jax/session/README.md says what was measured.

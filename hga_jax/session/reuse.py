@@ -14,7 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int, UInt
 
 from hga_jax.backend import AttentionBackend
 from hga_jax.cache.disk import PAGES, PIECE_SUMS, REQUESTS, BlockStore, Header, StoreError, block_id, read
@@ -91,7 +91,7 @@ def load_notes(store: BlockStore, form: StateFormat, header: Header, positions: 
     folder = store.folder(header.parent, header.id) / REQUESTS
     try:
         array = read(store.open(header, REQUESTS), folder)
-        return {p: unpack(read(array[:, i].read(), folder)) for p, i in zip(positions, indices, strict=True)}
+        return {p: unpack(read(array[:, i].read(), folder), form.note) for p, i in zip(positions, indices, strict=True)}
     except StoreError as error:
         raise DamagedBlock(header, error) from error
 
@@ -118,7 +118,7 @@ class Memory:
             _checked(store, header, name, future)
         self.notes = load_notes(store, form, stored.chain[-1], [stored.length]).get(stored.length)
 
-    def of(self, layer: int) -> tuple[list[np.ndarray], UInt8[np.ndarray, "K P"] | None]:
+    def of(self, layer: int) -> tuple[list[np.ndarray], UInt[np.ndarray, "K P"] | None]:
         """Summaries and requests of a layer."""
         return [held[layer] for held in self.summaries], None if self.notes is None else self.notes[layer]
 

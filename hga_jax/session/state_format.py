@@ -1,7 +1,7 @@
 """A layer's state taken apart into stretches of plain arrays, and put together again: all that storage knows about attention.
 
 Pages and summaries of a stretch of tokens never change once its chunks are closed. Of the remembered requests only those of the last two
-chunks matter to the queries that follow, so that a *reuse point* is described by two bits a page.
+chunks matter to the queries that follow, so that a *reuse point* is described by two bits a page, or two bytes where votes count.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, UInt, UInt8
 
 from hga_jax.attention import HGAAttention
 from hga_jax.backend import AttentionBackend
@@ -24,6 +24,7 @@ from hga_jax.cache.disk import PAGES, PIECE_SUMS, REQUESTS, ArraySpec
 from hga_jax.cache.host import is_host, put_on_host
 from hga_jax.cache.window import window_places
 from hga_jax.config import HGAConfig, ModelConfig
+from pallas_kernels import votes
 from pallas_kernels.host_rows import copy_rows
 from pallas_kernels.routed_decode_attention import copy_pages
 
@@ -33,13 +34,30 @@ DENSE_CHUNK = 64  # dense attention has no chunks; reuse points and pieces of th
 
 @dataclass(frozen=True)
 class RequestNote:
-    """What prefill notes after every segment: 2 for pages requested in the chunk that comes next, 1 in the one before, else 0."""
+    """What prefill notes after every segment: 2 for pages requested in the chunk that comes next, 1 in the one before, else 0.
+
+    Where votes count: by how much a page's stamp passes the least that can matter to the chunk that comes next, plus 1; else 0.
+    """
 
     chunk_size: int
+    votes: bool = False
 
-    def __call__(self, state: LayerState) -> UInt8[Array, "K P"]:
-        chunk = state.length // self.chunk_size
-        return jnp.maximum(state.stamps - chunk + 2, 0).astype(jnp.uint8)
+    def oldest(self, length: Any) -> Any:
+        """The least stamp that matters to queries from token `length` on."""
+        chunk = length // self.chunk_size
+        return votes.oldest_open(chunk) if self.votes else chunk - 1
+
+    def __call__(self, state: LayerState) -> UInt[Array, "K P"]:
+        lately = jnp.maximum(state.stamps - self.oldest(state.length) + 1, 0)
+        return lately.astype(jnp.uint16 if self.votes else jnp.uint8)
+
+    def stamps(self, notes: UInt[np.ndarray, "*n"], length: int) -> Int[np.ndarray, "*n"]:
+        """The stamps that make these notes, others never requested."""
+        lately = notes.astype(np.int32)
+        return np.where(lately > 0, lately - 1 + self.oldest(length), votes.NEVER if self.votes else -2)
+
+    def packed_bytes(self, pages: int) -> int:
+        return 2 * pages if self.votes else -(-pages // 4)
 
 
 @dataclass(frozen=True)
@@ -63,15 +81,12 @@ class StateFormat:
     @staticmethod
     def of(backend: AttentionBackend, config: ModelConfig, dtype: Any) -> StateFormat:
         hga = isinstance(backend, HGAAttention)
-        if hga and backend.config.votes_to_keep:
-            given = f"votes={backend.config.votes}, vote_share={backend.config.vote_share}"
-            raise NotImplementedError(f"{given}: sessions do not store votes yet, choose votes=1, vote_share=1")
         chunk = backend.config.chunk_size if hga else DENSE_CHUNK
         group = backend.config.group_size if hga else backend.page_size
         state = jax.eval_shape(lambda: backend.init_state(chunk, config.kv_heads, config.head_dim, dtype))
         leaves = jax.tree.leaves(state.summaries) if hga else []
         summaries = tuple((leaf.shape[1], leaf.shape[2:], jnp.dtype(leaf.dtype).name) for leaf in leaves)
-        note = RequestNote(chunk) if hga and state.stamps is not None else None
+        note = RequestNote(chunk, votes=backend.config.votes_to_keep > 0) if hga and state.stamps is not None else None
         settings = backend.config if hga else None
         return StateFormat(
             config.layers, config.kv_heads, config.head_dim, jnp.dtype(dtype).name, group, chunk, summaries, note, settings
@@ -109,7 +124,7 @@ class StateFormat:
             held = (self.layers, self.kv_heads, entries * self.chunks(tokens), *shape)
             specs[f"summaries.{i}"] = ArraySpec(held, dtype, held)
         if self.note is not None and points:
-            held = (self.layers, points, self.kv_heads, -(-self.pages(end) // 4))
+            held = (self.layers, points, self.kv_heads, self.note.packed_bytes(self.pages(end)))
             specs[REQUESTS] = ArraySpec(held, "uint8", (self.layers, 1, *held[2:]))
         return specs
 
@@ -157,17 +172,25 @@ def take_summaries(form: StateFormat, state: Any, first: int, blocks: int = 1) -
     return _summaries(state.summaries, jnp.int32(first // form.chunk_size), chunks=chunks, per_chunk=per_chunk)
 
 
-def pack(notes: UInt8[np.ndarray, "*n P"], pages: int) -> UInt8[np.ndarray, "*n B"]:
-    """Notes of the first `pages` pages, four a byte, the first in the lowest bits; pages that the notes do not reach are zero."""
-    size = -(-pages // 4) * 4
+def pack(notes: UInt[np.ndarray, "*n P"], pages: int) -> UInt8[np.ndarray, "*n B"]:
+    """Notes of the first `pages` pages; pages that the notes do not reach are zero.
+
+    Of requests four a byte, the first in the lowest bits; of votes two bytes each, the lower first.
+    """
+    wide = notes.dtype == np.uint16
+    size = pages if wide else -(-pages // 4) * 4
     notes = notes[..., :pages]
     notes = np.pad(notes, ((0, 0),) * (notes.ndim - 1) + ((0, size - notes.shape[-1]),))
+    if wide:
+        return notes.astype("<u2").view(np.uint8)
     four = notes.reshape(*notes.shape[:-1], -1, 4)
     return four[..., 0] | four[..., 1] << 2 | four[..., 2] << 4 | four[..., 3] << 6
 
 
-def unpack(packed: UInt8[np.ndarray, "*n B"]) -> UInt8[np.ndarray, "*n P"]:
+def unpack(packed: UInt8[np.ndarray, "*n B"], note: RequestNote) -> UInt[np.ndarray, "*n P"]:
     """The inverse of `pack`, with up to three pages more at the end."""
+    if note.votes:
+        return np.ascontiguousarray(packed).view("<u2").astype(np.uint16)
     return np.stack([packed >> shift & 3 for shift in (0, 2, 4, 6)], axis=-1).reshape(*packed.shape[:-1], -1)
 
 
@@ -213,7 +236,7 @@ def _places(length: Int[Array, ""], *, config: HGAConfig) -> Int[Array, " W"]:
     return window_places(length, config).pages
 
 
-def with_memory(form: StateFormat, state: Any, length: int, summaries: list[np.ndarray], notes: UInt8[np.ndarray, "K P"] | None) -> Any:
+def with_memory(form: StateFormat, state: Any, length: int, summaries: list[np.ndarray], notes: UInt[np.ndarray, "K P"] | None) -> Any:
     """The state with these summaries, and the requests that matter to queries from token `length` on."""
     leaves, tree = jax.tree.flatten(state.summaries)
     filled = jax.tree.unflatten(tree, [jnp.array(data, leaf.dtype) for data, leaf in zip(summaries, leaves, strict=True)])
@@ -222,9 +245,8 @@ def with_memory(form: StateFormat, state: Any, length: int, summaries: list[np.n
 
 
 def _stamps(form: StateFormat, shape: tuple[int, ...], length: int, notes: np.ndarray | None) -> Array:
-    known = np.full(shape, -2, np.int32)
+    known = np.zeros(shape, np.uint16)
     if notes is not None:
         count = min(notes.shape[1], shape[1])
-        lately = notes[:, :count].astype(np.int32)
-        known[:, :count] = np.where(lately > 0, length // form.chunk_size - 2 + lately, -2)
-    return jnp.array(known)
+        known[:, :count] = notes[:, :count]
+    return jnp.array(form.note.stamps(known, length), jnp.int32)
