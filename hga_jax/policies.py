@@ -21,7 +21,7 @@ from pallas_kernels.sketch_prefill_routing import Rule, Screen, route
 from pallas_kernels.sketch_prefill_routing.keys import page_keys
 from pallas_kernels.sketch_prefill_routing.pairs import choose_dims, pair_keys
 from pallas_kernels.sketch_prefill_routing.sketches import sketch_pages
-from pallas_kernels.votes import NEVER
+from pallas_kernels.votes import never
 
 SCORES_AT_ONCE = 64 * 2**20  # chunk scores held at once by `list_top`, in elements
 
@@ -90,10 +90,10 @@ def policy_for(
         partial(key_sketches, chunk_size=config.chunk_size, rotation=rotation),
         partial(sketch_new_pages, rotation=rotation) if fits_kernels else None,
         partial(request_by_threshold, config=config, rotation=rotation, scale=scale),
-        partial(grant_remembered, capacity=config.page_capacity, votes=config.votes),
+        partial(grant_remembered, capacity=config.page_capacity, votes=config.votes_to_keep),
         partial(list_by_threshold, config=config, rotation=rotation, scale=scale),
         remembers=True,
-        never=NEVER if config.votes_to_keep else -2,
+        never=never(config.votes_to_keep),
     )
 
 

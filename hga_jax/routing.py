@@ -316,19 +316,17 @@ def grant_remembered(
     kv_heads, _, rows = requests.mass_unit.shape
     length = requests.length
     capacity = min(capacity, stamps.shape[1])
-    if requests.votes is None:
-        kept = carried = stamps >= own_chunk - 1
-    else:
-        kept = is_open(stamps, own_chunk, votes)
-        carried = kept & (jnp.cumsum(kept, axis=-1) <= capacity)  # votes alone may keep more pages than there is room for
+    kept = carried = is_open(stamps, own_chunk, votes)
+    if votes:  # they may keep more pages than there is room for
+        carried = kept & (jnp.cumsum(kept, axis=-1) <= capacity)
     fresh = _grant(jnp.where(kept, length, first), capacity - carried.sum(-1), length)
     refused = jnp.sum(((first < length) | kept) & ~carried & ~fresh)
-    if requests.votes is None:
-        stamps = jnp.where((first < length) & (carried | fresh), own_chunk, stamps)
-    else:
+    if votes:
         new = requests.votes[block]
         after = stamp_of(own_chunk, kept | fresh, votes_in(stamps, own_chunk) + new)
         stamps = jnp.where(new > 0, after, stamps)
+    else:
+        stamps = jnp.where((first < length) & (carried | fresh), own_chunk, stamps)
 
     # The open pages in order of their ids, without a sort: slot n holds the page at which the running count reaches n + 1.
     count = jnp.cumsum(carried | fresh, axis=-1)

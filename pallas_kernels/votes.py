@@ -1,7 +1,8 @@
-"""What is remembered of a page where votes keep it open: the last chunk in which it got any, whether it was open there, how many.
+"""Stamps: what is remembered of a page, one int32, and which pages are open by them.
 
-All three fit one int32, chunk << 10 | open << 9 | votes, so that a stamp stays one number and later chunks have larger ones. Works on
-arrays of any shape, in XLA and inside kernels alike.
+Where any request keeps a page open for the next chunk (`votes` 0), its stamp is the last chunk in which it was requested. Where votes do:
+the last chunk in which it got any, whether it was open there, how many; chunk << 10 | open << 9 | votes. Later chunks have larger stamps
+either way. Works on arrays of any shape, in XLA and inside kernels alike.
 """
 
 from __future__ import annotations
@@ -15,21 +16,28 @@ _OPEN, _SHIFT = MOST + 1, (MOST + 1).bit_length()
 NEVER = -2 << _SHIFT
 
 
+def never(votes: int) -> int:
+    """The stamp of a page that was not requested, or got no vote, yet."""
+    return NEVER if votes else -2
+
+
 def stamp_of(chunk: Any, opened: Any, votes: Any) -> Any:
-    """The stamp of a page that got so many votes in a chunk and is, or is not, open there."""
+    """Where votes count, the stamp of a page that got so many in a chunk and is, or is not, open there."""
     return (chunk << _SHIFT) + jnp.where(opened, _OPEN, 0) + jnp.minimum(votes, MOST)
 
 
-def oldest_open(own_chunk: Any) -> Any:
+def oldest_open(own_chunk: Any, votes: int) -> Any:
     """No page with a smaller stamp is open to queries of `own_chunk`."""
-    return (own_chunk - 1) << _SHIFT
+    return (own_chunk - 1) << (_SHIFT if votes else 0)
 
 
 def is_open(stamps: Any, own_chunk: Any, votes: int, more: Any = 0) -> Any:
-    """Whether a page is open to a query of `own_chunk` before it asks: opened in this chunk, or kept by enough votes of the one before.
+    """Whether a page is open to a query of `own_chunk` before it asks: opened in this chunk, or kept by the one before.
 
     more: votes of the chunk before that the stamps do not know of.
     """
+    if not votes:
+        return stamps >= own_chunk - 1
     return (((stamps >> _SHIFT) == own_chunk) & ((stamps & _OPEN) > 0)) | (votes_in(stamps, own_chunk - 1) + more >= votes)
 
 

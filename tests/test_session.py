@@ -47,7 +47,7 @@ VOTES = HGAConfig(**vars(HGA) | {"votes": 5, "vote_share": 0.3, "threshold": 0.0
 
 def what_matters(states) -> list:
     """States with the stamps of pages that no later query sees by them made equal."""
-    return [replace(s, stamps=jnp.where(s.stamps >= oldest_open(s.length // HGA.chunk_size), s.stamps, NEVER)) for s in states]
+    return [replace(s, stamps=jnp.where(s.stamps >= oldest_open(s.length // HGA.chunk_size, VOTES.votes), s.stamps, NEVER)) for s in states]
 
 
 @pytest.mark.parametrize("tokens", [113, 120, 121, 122])

@@ -40,12 +40,11 @@ class RequestNote:
     """
 
     chunk_size: int
-    votes: bool = False
+    votes: int = 0
 
     def oldest(self, length: Any) -> Any:
         """The least stamp that matters to queries from token `length` on."""
-        chunk = length // self.chunk_size
-        return votes.oldest_open(chunk) if self.votes else chunk - 1
+        return votes.oldest_open(length // self.chunk_size, self.votes)
 
     def __call__(self, state: LayerState) -> UInt[Array, "K P"]:
         lately = jnp.maximum(state.stamps - self.oldest(state.length) + 1, 0)
@@ -54,7 +53,7 @@ class RequestNote:
     def stamps(self, notes: UInt[np.ndarray, "*n"], length: int) -> Int[np.ndarray, "*n"]:
         """The stamps that make these notes, others never requested."""
         lately = notes.astype(np.int32)
-        return np.where(lately > 0, lately - 1 + self.oldest(length), votes.NEVER if self.votes else -2)
+        return np.where(lately > 0, lately - 1 + self.oldest(length), votes.never(self.votes))
 
     def packed_bytes(self, pages: int) -> int:
         return 2 * pages if self.votes else -(-pages // 4)
@@ -86,7 +85,7 @@ class StateFormat:
         state = jax.eval_shape(lambda: backend.init_state(chunk, config.kv_heads, config.head_dim, dtype))
         leaves = jax.tree.leaves(state.summaries) if hga else []
         summaries = tuple((leaf.shape[1], leaf.shape[2:], jnp.dtype(leaf.dtype).name) for leaf in leaves)
-        note = RequestNote(chunk, votes=backend.config.votes_to_keep > 0) if hga and state.stamps is not None else None
+        note = RequestNote(chunk, votes=backend.config.votes_to_keep) if hga and state.stamps is not None else None
         settings = backend.config if hga else None
         return StateFormat(
             config.layers, config.kv_heads, config.head_dim, jnp.dtype(dtype).name, group, chunk, summaries, note, settings

@@ -11,17 +11,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.votes import oldest_open
-
 
 def slots_of_part(part, parts: int, slots: int):
     """First and end of the bank's slots that pages of one part may have."""
     return part * slots // parts, (part + 1) * slots // parts
-
-
-def needed_from(own_chunk, votes: int):
-    """The stamp of a page that may be visible to a token of `own_chunk`: no visible page has a smaller one."""
-    return oldest_open(own_chunk) if votes else own_chunk - 1
 
 
 def place_pages(
@@ -30,7 +23,7 @@ def place_pages(
     begin,  # the list of this part's pages: its first place in ids
     listed,  # and how many pages it has
     room: int,  # pages it may have
-    needed,  # pages at least this recent stay: `needed_from`
+    needed,  # pages at least this recent stay (votes.oldest_open)
     ids_ref,  # [K, parts * room] i32 device
     recency_ref,  # [K, P] i32 device: when each page was last requested, the stamps
     hits_ref,  # [K, parts] i32 device, out: pages found in the bank

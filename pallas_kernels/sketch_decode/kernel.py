@@ -23,9 +23,10 @@ from pallas_kernels.routed_decode_attention.kernel import (
     window_program,
     write_partial,
 )
-from pallas_kernels.sketch_decode.bank import needed_from, place_pages
+from pallas_kernels.sketch_decode.bank import place_pages
 from pallas_kernels.sketch_routing import Config as ScanConfig
 from pallas_kernels.sketch_routing.kernel import Listing, check_scan, scan_program, scan_shapes, select_program
+from pallas_kernels.votes import oldest_open
 
 SCAN_READS = 5  # arrays
 
@@ -135,7 +136,7 @@ def _attend_selected_kernel(
     if banked:
         hits_ref, source_ref, victims_ref, bank_ref, page_slot_ref, slot_page_ref = bank_refs
         place_pages(
-            k, part, begin, listed, rules.room, needed_from(chunks_ref[2], rules.selection["votes"]), ids_ref, stamps_out_ref, hits_ref,
+            k, part, begin, listed, rules.room, oldest_open(chunks_ref[2], rules.selection["votes"]), ids_ref, stamps_out_ref, hits_ref,
             source_ref, victims_ref, page_slot_ref, slot_page_ref, wait,
         )  # fmt: skip
         wait()

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 
 from pallas_kernels.routed_decode_attention import Bank
 from pallas_kernels.routed_decode_attention.xla import attend, live_places, merge
-from pallas_kernels.sketch_decode.bank import needed_from, slots_of_part
+from pallas_kernels.sketch_decode.bank import slots_of_part
 from pallas_kernels.sketch_routing.xla import page_list, select
-from pallas_kernels.votes import is_open
+from pallas_kernels.votes import is_open, oldest_open
 
 
 def attend_selected(query, scores, windows, stamps, middle, store, bank, scale, rules):
@@ -19,9 +19,7 @@ def attend_selected(query, scores, windows, stamps, middle, store, bank, scale, 
     stamps, fresh, fresh_count, _, _, counts, unopened = select(*scores, windows.stats, stamps, middle, **rules)
     live = live_places(fresh, fresh_count, parts)
     taken = jax.vmap(lambda ids, live: jnp.zeros_like(pages).at[jnp.where(live, ids, len(pages))].set(1, mode="drop"))(fresh, live) > 0
-    votes = rules["votes"]
-    kept = is_open(before, middle[2], votes) if votes else before >= middle[2] - 1
-    seen = kept & (pages < middle[1] * rules["pages_per_chunk"])
+    seen = is_open(before, middle[2], rules["votes"]) & (pages < middle[1] * rules["pages_per_chunk"])
     ids, count = page_list(seen | taken, parts, rules["room"])
     live, hits = live_places(ids, count, parts), None
     if bank is None:
@@ -29,7 +27,7 @@ def attend_selected(query, scores, windows, stamps, middle, store, bank, scale, 
     else:
         rows = ids.reshape(len(ids), parts, -1)
         page_slot, slot_page, source, hits = jax.vmap(place_pages, (0, 0, 0, 0, 0, None))(
-            rows, count, bank.page_slot, bank.slot_page, stamps, needed_from(middle[2], votes)
+            rows, count, bank.page_slot, bank.slot_page, stamps, oldest_open(middle[2], rules["votes"])
         )
         found, kept = pages_through_bank(ids, source.reshape(ids.shape), live, store, bank.pages)
         bank = Bank(kept, page_slot, slot_page)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Int
 from pallas_kernels.indexing import outer, span
 from pallas_kernels.limits import check_offsets
 from pallas_kernels.sketch_prefill_routing.config import Config, Rule
-from pallas_kernels.votes import NEVER, is_open
+from pallas_kernels.votes import is_open, never
 
 
 def _lists_kernel(
@@ -53,12 +53,12 @@ def _lists_kernel(
         """Pages, whether the chunk before keeps them open, the first row that sees them (none: nobody)."""
         page = span(i * step, step)
         last, until = jnp.maximum(block - 1, 0), jnp.where(block > 0, end - rule.pages_per_chunk, 0)
-        never = NEVER if votes_refs else -2
-        stamps = jnp.where(page < end, plgpu.load(stamps_ref.at[outer(k, page)], mask=page < end, other=never), never)
+        unknown = never(rule.votes)
+        stamps = jnp.where(page < end, plgpu.load(stamps_ref.at[outer(k, page)], mask=page < end, other=unknown), unknown)
         if votes_refs:
             carried = is_open(stamps, own, rule.votes, cast(last, page, until))
         else:
-            carried = (asked(last, page, until) < none) | (stamps >= own - 1)
+            carried = is_open(stamps, own, 0) | (asked(last, page, until) < none)
         return page, carried, jnp.where(carried, 0, asked(block, page, end))
 
     def count_up_to(row: Any, i: Any, seen: Any) -> Array:

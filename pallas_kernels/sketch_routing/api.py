@@ -102,8 +102,7 @@ def carried_pages(
     """The pages that earlier requests leave open for a token of `own_chunk`: known before its queries are."""
     parts, room = list_shape(stamps.shape[1], capacity)
     if implementation == "xla":
-        seen = is_open(stamps, own_chunk, votes) if votes else stamps >= own_chunk - 1
-        return PageList(*xla.page_list(seen, parts, room))
+        return PageList(*xla.page_list(is_open(stamps, own_chunk, votes), parts, room))
     rules = {"parts": parts, "room": room, "votes": votes}
     return PageList(
         *kernel.carried_pages(stamps, own_chunk[None].astype(jnp.int32), **rules, config=config or Config(), interpret=interpret)

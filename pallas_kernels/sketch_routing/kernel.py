@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from pallas_kernels.limits import check_offsets, power_of_two
 from pallas_kernels.sketch_routing.config import Config
-from pallas_kernels.votes import NEVER, is_open, stamp_of, votes_in
+from pallas_kernels.votes import is_open, never, stamp_of, votes_in
 
 INNER, OUTER = 849 / 512, 2832 / 512  # 0.4528 and 1.5104, the Lloyd-Max levels of a unit Gaussian, over LEVEL_UNIT
 LEVEL_UNIT = 0.4528 / INNER
@@ -276,7 +276,7 @@ def select_program(
 ):
     """The body of a selecting program. Returns how many pages are visible."""
     pages, padded, heads = scores_ref.shape[1], scores_ref.shape[2], window_ref.shape[3]
-    parts, never = counts_ref.shape[1], NEVER if votes else -2
+    parts = counts_ref.shape[1]
     room_of_part = (visible or fresh).ids.shape[1] // parts
     step = min(config.select_pages, pl.next_power_of_2(-(-pages // parts)))
     head = jnp.arange(padded)
@@ -285,12 +285,12 @@ def select_program(
 
     def load(i):
         page = (i * step + jnp.arange(step)) * parts + part
-        stamps = plgpu.load(stamps_ref.at[k, page], mask=page < end, other=never)
+        stamps = plgpu.load(stamps_ref.at[k, page], mask=page < end, other=never(votes))
         middle = (page < end) & (page >= first)
         return page, stamps, middle, plgpu.load(scores_ref.at[k, page[:, None], head[None, :]], mask=middle[:, None], other=-jnp.inf)
 
     def kept(stamps, chunk):
-        return (is_open(stamps, chunk, votes) if votes else stamps >= chunk - 1).astype(jnp.int32)
+        return is_open(stamps, chunk, votes).astype(jnp.int32)
 
     ahead = load(0)  # on its way while the softmax sums are put together
 
@@ -430,8 +430,8 @@ def _carried_kernel(
 
     def one(i, before):
         page = (i * step + jnp.arange(step)) * parts + part
-        stamps = plgpu.load(stamps_ref.at[k, page], mask=page < pages, other=NEVER if votes else -2)
-        seen = is_open(stamps, own_ref[0], votes) if votes else stamps >= own_ref[0] - 1
+        stamps = plgpu.load(stamps_ref.at[k, page], mask=page < pages, other=never(votes))
+        seen = is_open(stamps, own_ref[0], votes)
         rank = before + jnp.cumsum(seen.astype(jnp.int32), axis=0) - 1
         put = seen & (rank < room)
         plgpu.store(carried_ref.at[k, jnp.where(put, part * room + rank, parts * room)], page, mask=put)

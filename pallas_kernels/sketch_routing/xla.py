@@ -64,7 +64,7 @@ def select(
     scores, partials = scores[:, :, :heads].swapaxes(1, 2), partials[..., :heads]
     total = jnp.logaddexp(jax.nn.logsumexp(partials[:, :, 0], axis=1, b=partials[:, :, 1]), windows)
     wanted = (scores >= (total + math.log(threshold))[..., None]).any(1) & (scores > -jnp.inf).any(1)
-    kept = is_open(stamps, own, votes) if votes else stamps >= own - 1
+    kept = is_open(stamps, own, votes)
     seen = kept & (jnp.arange(stamps.shape[1]) < middle[1] * pages_per_chunk)
     fresh = wanted & ~seen
     by_part = partial(_by_part, parts=parts)
@@ -81,7 +81,7 @@ def select(
     counts = jnp.stack([jnp.minimum(by_part(visible).sum(2), room), refused], axis=2).astype(jnp.int32)
     shares = jnp.where(visible[:, None], 0, jnp.exp(scores - total[..., None]))
     unopened = jax.vmap(by_part, 1, 3)(shares).sum(2)
-    carried = is_open(stamps, after, votes) if votes else visible & (stamps >= after - 1)
+    carried = is_open(stamps, after, votes) & (visible | (votes > 0))  # votes may keep more than there was room for
     return stamps, *page_list(taken, parts, room), *page_list(carried, parts, room), counts, unopened
 
 
