@@ -14,9 +14,12 @@ from jaxtyping import Array
 
 from hga_jax.attention import HGAAttention
 from hga_jax.backend import AttentionBackend, DenseAttention
+from hga_jax.config import HGAConfig
 from hga_jax.model import Decoder, weight_leaves
 from hga_jax.sketches import ROTATION_VERSION
 
+# Settings younger than the format: left out where they have their default, so that histories stored before stay good.
+LATER_SETTINGS = ("scan_pairs", "pairs_threshold")
 SAMPLES = 1024  # values of each weight that its fingerprint covers, evenly spread: other weights differ nearly everywhere
 
 
@@ -51,8 +54,9 @@ def describe(model: Any, backend: AttentionBackend) -> dict[str, Any]:
 
     if isinstance(backend, HGAAttention):
         attention = {"kind": "hga", "rotation": ROTATION_VERSION} | asdict(backend.config)
-        if not backend.config.scan_pairs:  # histories stored before there were these settings stay good
-            del attention["scan_pairs"], attention["pairs_threshold"]
+        for later in LATER_SETTINGS:
+            if attention[later] == getattr(HGAConfig(), later):
+                del attention[later]
     elif isinstance(backend, DenseAttention):
         attention = {"kind": "dense", "page_size": backend.page_size}
     else:
