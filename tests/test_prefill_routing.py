@@ -13,12 +13,13 @@ from pallas_kernels.sketch_prefill_routing import Config, Rule, Screen, Tile, ro
 from pallas_kernels.sketch_prefill_routing.keys import PageKeys, page_statistics, sketched_keys
 from pallas_kernels.sketch_prefill_routing.pairs import choose_dims, pair_keys, query_energy
 from pallas_kernels.sketch_prefill_routing.reference import reference_route
+from pallas_kernels.sketch_prefill_routing.scan import asked_for
 from pallas_kernels.sketch_prefill_routing.sketches import sketch_pages, unsketch
 from pallas_kernels.sketch_routing import sketch_chunks
 from pallas_kernels.votes import stamp_of
 
 RUNS = ["xla", "interpret", pytest.param("native", marks=pytest.mark.gpu)]
-SMALL = Config(rows=16, means=Tile(16, 4, 1), tokens=Tile(16, 4, 1), list_pages=16)
+SMALL = Config(rows=16, means=Tile(16, 4, 1), tokens=Tile(32, 4, 1), list_pages=16)
 CHUNK, GROUP = 16, 4
 
 
@@ -230,6 +231,15 @@ def test_pairs_are_chosen_by_the_energies_of_the_first_queries_and_keys():
     best = np.sort(np.argsort(-products, axis=1)[:, :3], axis=1)
     dims = choose_dims(energy, jnp.asarray(np.stack([pages, pages], axis=2), jnp.float32), 16, 3)
     np.testing.assert_array_equal(dims, np.concatenate([best, best + 8], axis=1))
+
+
+@pytest.mark.parametrize(("rows", "pages"), [(128, 64), (16, 32), (256, 64), (64, 16)])
+def test_pages_that_some_row_asks_for(rows, pages):
+    """From nobody to all rows."""
+    asking = np.random.default_rng(0).random((rows, pages)) < 2 / rows
+    asking[:, [1, pages - 1]], asking[:, 8] = True, False
+    np.testing.assert_array_equal(asked_for(jnp.asarray(asking)), asking.any(0))
+    assert 0.2 < asking.any(0).mean() < 1
 
 
 def test_sketched_keys_are_what_the_sketches_say():
