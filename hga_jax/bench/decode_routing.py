@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import jax
@@ -25,13 +27,13 @@ from pallas_kernels.sketch_routing import Config as ScanConfig
 from pallas_kernels.sketch_routing import middle_of, prepare
 
 SCANS = (
-    "2x128x4x3x4", "2x128x4x3x8", "2x128x4x4x4", "2x128x4x1x4", "4x128x4x3x8", "4x128x4x2x8", "4x128x4x1x8", "4x64x4x3x8", "4x64x4x4x8",
-    "4x64x4x1x8", "2x64x4x4x8", "2x256x4x3x8", "4x64x8x3x2", "4x64x8x3x8", "4x64x8x1x2", "8x64x8x3x2", "8x64x8x1x2", "2x256x2x3x8",
+    "2x128x4x3x4", "2x128x4x3x8", "2x128x4x3x16", "2x128x4x3x32", "2x128x4x4x16", "2x128x4x1x16", "4x128x4x3x16", "4x128x4x1x16",
+    "4x64x4x3x16", "2x64x4x4x16", "2x256x4x3x16", "4x64x8x3x16", "8x64x8x1x16", "1x128x2x3x16", "2x256x2x3x16",
 )  # fmt: skip
 READS = ("4x8", "4x8xlaunch", "4x4", "2x8", "2x4", "2x4xlaunch", "1x4", "8x8")
 SETTINGS = (*(f"{scan}/{READS[0]}" for scan in SCANS), *(f"{SCANS[0]}/{read}" for read in READS[1:]))
 LAUNCHES = ("sketch_prepare", "sketch_scan_beside_windows", "attend_selected", "merge_attention")
-LAYERS = 6  # sketches of so many layers in turn, so that none is still in the cache
+LAYERS = 12  # so many layers in turn, so that nothing of one is still in the cache
 
 
 def parse(setting: str, **fixed: Any) -> tuple[ScanConfig, AttentionConfig]:
@@ -71,42 +73,47 @@ def main(argv: list[str]) -> None:
     heads, kv_heads, head_dim = SHAPES[options.shape][1:]
     ratio, chunks, pages = heads // kv_heads, options.tokens // CHUNK, options.tokens // GROUP
     query = jax.random.normal(jax.random.key(0), (kv_heads, ratio, head_dim)).astype(jnp.bfloat16)
-    store = jax.random.normal(jax.random.key(1), (kv_heads, pages, 2, GROUP, head_dim)).astype(jnp.bfloat16)
     rotation = jnp.asarray(built_in_rotation(head_dim))
     middle = middle_of(jnp.int32(chunks), jnp.int32(chunks), SINKS, LOCAL)  # the open chunk comes after those of the history
-    window, valid = store[:, :WINDOW_PAGES], jnp.full(WINDOW_PAGES, GROUP, jnp.int32)
+    valid = jnp.full(WINDOW_PAGES, GROUP, jnp.int32)
 
+    @jax.jit
     def layer(seed: int) -> tuple[jax.Array, ...]:
-        seeds = jax.random.split(jax.random.key(seed + 2), 4)
+        seeds = jax.random.split(jax.random.key(seed + 2), 5)
         means = jax.random.normal(seeds[0], (kv_heads, chunks, head_dim)).astype(jnp.bfloat16)
         codes = jax.random.bits(seeds[1], (kv_heads, options.tokens, head_dim // 4), jnp.uint8)
         scales = (0.3 + jnp.abs(jax.random.normal(seeds[2], (kv_heads, options.tokens)))).astype(jnp.bfloat16)
         open_to_it = jax.random.uniform(seeds[3], (kv_heads, pages)) < options.routed / options.tokens
-        return means, codes, scales, jnp.where(open_to_it, chunks - 1, -2).astype(jnp.int32)
+        store = jax.random.normal(seeds[4], (kv_heads, pages, 2, GROUP, head_dim), jnp.bfloat16)
+        return means, codes, scales, jnp.where(open_to_it, chunks - 1, -2).astype(jnp.int32), store, store[:, :WINDOW_PAGES]
 
     layers = [layer(seed) for seed in range(1 if options.interpret else LAYERS)]
     scanned = sum(x.nbytes for x in layers[0][:3])
     rules = {"pages_per_chunk": CHUNK // GROUP, "threshold": 0.001 * ratio, "capacity": min(1024, pages)}
+    how = {"implementation": "pallas", "interpret": options.interpret}
+
+    @partial(jax.jit, static_argnames=("scan_config", "config"))
+    def run(query: jax.Array, layer: tuple, scan_config: ScanConfig, config: AttentionConfig) -> tuple[jax.Array, ...]:
+        means, codes, scales, stamps, store, window = layer
+        settled = how | {"scale": head_dim**-0.5, "scan_config": scan_config, "config": config}
+        prepared = prepare(query, rotation, means, middle, **how)
+        scores = scan_beside_windows(query, prepared, codes, scales, middle, window, valid, **settled)
+        return attend_selected(query, scores, stamps, middle, store, **rules, **settled)[:3]
+
+    def compiled(setting: tuple[ScanConfig, AttentionConfig]) -> Any:
+        return run.lower(query, layers[0], *setting).compile()
+
+    with ThreadPoolExecutor(8) as pool:
+        programs = {name: pool.submit(compiled, setting) for name, setting in settings.items()}
     results: list[dict[str, Any]] = []
     expected = None
-    for name, (scan_config, config) in settings.items():
-        how = {"implementation": "pallas", "interpret": options.interpret}
-        settled = how | {"scale": head_dim**-0.5, "scan_config": scan_config, "config": config}
-
-        def run(query: jax.Array, layers: list, how: dict = how, settled: dict = settled) -> list:
-            found = []
-            for means, codes, scales, stamps in layers:
-                prepared = prepare(query, rotation, means, middle, **how)
-                scores = scan_beside_windows(query, prepared, codes, scales, middle, window, valid, **settled)
-                found.append(attend_selected(query, scores, stamps, middle, store, **rules, **settled)[:3])
-            return found
-
+    for name, waiting in programs.items():
         try:
-            program = jax.jit(run)
+            program = waiting.result()
             outs, stamps, counts = (
-                np.stack([np.asarray(x, np.float32) for x in each]) for each in zip(*program(query, layers), strict=True)
+                np.stack([np.asarray(x, np.float32) for x in each]) for each in zip(*(program(query, x) for x in layers), strict=True)
             )
-            times = {} if options.interpret else kernel_times(lambda program=program: [program(query, layers) for _ in range(4)])
+            times = {} if options.interpret else kernel_times(lambda program=program: [program(query, x) for x in layers * 3])
         except Exception as error:  # a setting that does not fit this GPU must not lose the others
             print(f"{name:20s} {type(error).__name__} {str(error)[:150]}", flush=True)
             continue
