@@ -22,8 +22,8 @@ class Config:
     window_splits: int = 32
     window_warps: int = 4
     beside_tile_pages: int = 1
-    beside_splits: int = 4
-    selected_tile_pages: int = 4
+    beside_splits: int = 16
+    selected_tile_pages: int = 8
     selected_warps: int = 8
     merge_in_launch: bool = True
     merge_warps: int = 4
