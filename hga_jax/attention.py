@@ -49,10 +49,10 @@ class HGAAttention(AttentionBackend):
     place from host memory, for want of room on the device. implementation: of decoding, None (kernels on a CUDA GPU, XLA elsewhere),
     "pallas", "xla", or "interpret": the kernels in Pallas' interpreter, for tests.
 
-    With the sketch policy any split of a prompt into prefill calls and decode steps gives the same result; with screening (see HGAConfig)
-    nearly: candidates are not remembered from one call to the next, and decode scans everything. With scan_pairs any split into prefill
-    calls does, and decode again scans everything. With the paper policy the new
-    queries of a chunk share their cuts, so results depend on the split inside the chunk where a call starts or ends.
+    With the sketch policy any split of a prompt into prefill calls and decode steps gives the same result. With scan_pairs (see HGAConfig)
+    any split into prefill calls does, and decode scans everything; with screening candidates are not remembered from one call to the next
+    either. With the paper policy the new queries of a chunk share their cuts, so results depend on the split inside the chunk where a call
+    starts or ends.
     """
 
     config: HGAConfig

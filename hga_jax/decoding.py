@@ -76,7 +76,7 @@ def early_pages(state: LayerState, position: Int[Array, ""], config: HGAConfig, 
 def carried_pages(state: LayerState, position: Int[Array, ""], config: HGAConfig, how: How) -> PageList:
     """The pages open to the token at `position` whatever it asks for."""
     own_chunk = position // config.chunk_size
-    rules = {"capacity": _capacity(state, config), "votes": config.votes_to_keep}
+    rules = {"capacity": _capacity(state, config), "votes": int(config.counts_votes)}
     return sketch_routing.carried_pages(state.stamps, own_chunk, **rules, **how.sketch())
 
 
@@ -204,7 +204,7 @@ def _middle(position: Int[Array, ""], config: HGAConfig) -> Int[Array, " 4"]:
 
 def _selection(query: Float[Array, "K G H"], state: LayerState, config: HGAConfig) -> dict[str, Any]:
     threshold = config.threshold_for(query.shape[1])
-    voting = {"votes": config.votes_to_keep, "vote_share": config.vote_share}
+    voting = {"votes": config.votes_for(query.shape[1]), "vote_share": config.vote_share}
     return {"pages_per_chunk": config.groups_per_chunk, "threshold": threshold, "capacity": _capacity(state, config)} | voting
 
 

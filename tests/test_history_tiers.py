@@ -43,10 +43,10 @@ def decoded(decoder, backend, token, position, states, count):
     )  # fmt: skip
 
 
-VOTES = {"votes": 6, "vote_share": 0.2}
+REQUESTS, VOTES = {"votes": 0}, {"votes": 6, "vote_share": 0.2}
 
 
-@pytest.mark.parametrize(("policy", "rule"), [("sketch", {}), ("sketch", VOTES), ("paper", {})], ids=["sketch", "votes", "paper"])
+@pytest.mark.parametrize(("policy", "rule"), [("sketch", REQUESTS), ("sketch", VOTES), ("paper", {})], ids=["sketch", "votes", "paper"])
 def test_every_tier_writes_the_same_text(decoder, policy, rule):
     """132 tokens across nine chunk closings, a second prompt on top, then more."""
     rng = np.random.default_rng(0)
@@ -70,7 +70,7 @@ def test_every_tier_writes_the_same_text(decoder, policy, rule):
 
 
 @pytest.mark.parametrize("tier", ["device", "host", "bank"])
-@pytest.mark.parametrize("rule", [{}, VOTES], ids=["requests", "votes"])
+@pytest.mark.parametrize("rule", [REQUESTS, VOTES], ids=["requests", "votes"])
 def test_kernels_give_the_same_outputs(rule, tier):
     """The kernels, interpreted, over every tier: one layer's outputs for ten tokens across a chunk closing."""
     config, how = HGAConfig(**SMALL, **rule), TIERS[tier]

@@ -14,7 +14,7 @@ from hga_jax.config import HGAConfig
 from hga_jax.listed import attend_listed
 from hga_jax.policies import policy_for
 
-CONFIG = HGAConfig(chunk_size=16, group_size=4, sink_chunks=1, local_chunks=1, threshold=0.02)
+CONFIG = HGAConfig(chunk_size=16, group_size=4, sink_chunks=1, local_chunks=1, threshold=0.02, votes=0)
 
 
 def tensors(tokens, heads=4, kv_heads=2, head_dim=16, seed=0):

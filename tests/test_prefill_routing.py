@@ -85,7 +85,7 @@ def run_route(run, data, first, count, stamps, screen=None, capacity=64, thresho
 def check(run, data, first, count, stamps, screen=None, capacity=64, threshold=0.03, votes=REQUESTS):
     """stamps: with votes, the three numbers of the reference."""
     query, keys, sketched, _ = data
-    packed = stamp_of(*stamps) if votes.votes else stamps
+    packed = stamp_of(*stamps, votes.votes) if votes.votes else stamps
     lists = run_route(run, data, first, count, packed, screen, capacity, threshold, votes)
     numbers = {"scale": query.shape[2] ** -0.5, "threshold": threshold, "capacity": capacity}
     shape = {"chunk_size": CHUNK, "group_size": GROUP, "sink_chunks": 1, "local_chunks": 1}
@@ -96,7 +96,7 @@ def check(run, data, first, count, stamps, screen=None, capacity=64, threshold=0
     )
     assert closest > 1e-5, "pick another seed: float32 may decide otherwise"
     assert listed(lists, len(keys), first, count) == expected
-    np.testing.assert_array_equal(lists.stamps, stamp_of(*after) if votes.votes else after)
+    np.testing.assert_array_equal(lists.stamps, stamp_of(*after, votes.votes) if votes.votes else after)
     assert int(lists.refused) == refused
     np.testing.assert_allclose(lists.unopened, unopened, rtol=1e-4, atol=1e-4)
     return expected, refused
@@ -200,7 +200,7 @@ def test_scan_by_rotary_pairs(run, first, heads, kv_heads, head_dim, pairs, vote
     rule = dataclasses.replace(rule_of(head_dim), **votes._asdict())
     rules = {"rule": rule, "threshold": 0.03, "capacity": 64, **settings(run)}
     call = jax.jit(lambda q, p, d, *rest: route(q, p, pair_keys(p, d), *rest, **rules))
-    packed = stamp_of(*stamps) if votes.votes else stamps
+    packed = stamp_of(*stamps, votes.votes) if votes.votes else stamps
     lists = call(jnp.asarray(query), pages, jnp.asarray(dims), jnp.asarray(packed), jnp.int32(first), jnp.int32(count))
     expected, after, _, unopened, closest = reference_route(
         query, keys, by_pairs(keys, dims), stamps, first, count, chunk_size=CHUNK, group_size=GROUP, sink_chunks=1, local_chunks=1,
@@ -209,7 +209,7 @@ def test_scan_by_rotary_pairs(run, first, heads, kv_heads, head_dim, pairs, vote
     assert closest > 1e-5, "pick another seed: float32 may decide otherwise"
     assert listed(lists, kv_heads, first, count) == expected
     assert 0 < np.mean([len(seen) for seen in expected[0].values()]) < 20
-    np.testing.assert_array_equal(lists.stamps, stamp_of(*after) if votes.votes else after)
+    np.testing.assert_array_equal(lists.stamps, stamp_of(*after, votes.votes) if votes.votes else after)
     np.testing.assert_allclose(lists.unopened, unopened, rtol=1e-4, atol=1e-4)
 
 

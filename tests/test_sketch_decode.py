@@ -71,7 +71,7 @@ class PagesByHand:
         return sorted(listed), opened, refused
 
     def stamps(self):
-        return np.asarray(stamp_of(self.chunk, self.opened, self.cast)) if self.votes else self.chunk
+        return np.asarray(stamp_of(self.chunk, self.opened, self.cast, self.votes)) if self.votes else self.chunk
 
 
 def the_bank_by_hand(held, listed, known, now):

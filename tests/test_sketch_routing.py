@@ -61,7 +61,7 @@ def check(run, query, rotation, means, codes, scales, stamps, window, window_sco
     voting = {"votes": votes, "vote_share": rules.pop("vote_share", 1.0)}
 
     def still_open(stamps, chunk):
-        return np.asarray(is_open(stamp_of(*stamps), chunk, votes)) if votes else stamps >= chunk - 1
+        return np.asarray(is_open(stamp_of(*stamps, votes), chunk, votes)) if votes else stamps >= chunk - 1
 
     rotated = (query.astype(np.float64) @ rotation).astype(np.float32)
     how = settings(run, **(config or {}))
@@ -72,7 +72,7 @@ def check(run, query, rotation, means, codes, scales, stamps, window, window_sco
         now = jnp.int32(own), jnp.int32(own + closes)
         return before, sketch_routing(query, rotation, *arrays[:3], stamps, arrays[3], *now, **rules, **voting, **how)
 
-    before, out = route(query, rotation, stamp_of(*stamps) if votes else stamps, means, codes, scales, window)
+    before, out = route(query, rotation, stamp_of(*stamps, votes) if votes else stamps, means, codes, scales, window)
     parts, room = list_shape(data_stamps.shape[-1], rules["capacity"])
     exact = {name: value for name, value in rules.items() if name != "capacity"} | {"parts": parts, "room": room}
     stamps, listed, refused, masses = reference_routing(
@@ -91,7 +91,7 @@ def check(run, query, rotation, means, codes, scales, stamps, window, window_sco
         opened = np.isin(np.arange(data_stamps.shape[-1]), listed[k])
         np.testing.assert_allclose(out.unopened[k].sum(0), masses[k][:, ~opened].sum(-1), atol=1e-5)
         assert int(out.counts[k, :, 0].sum()) == len(listed[k])
-    np.testing.assert_array_equal(out.stamps, stamp_of(*stamps) if votes else stamps)
+    np.testing.assert_array_equal(out.stamps, stamp_of(*stamps, votes) if votes else stamps)
     np.testing.assert_array_equal(out.counts[..., 1].sum(1), refused)
     return listed
 

@@ -20,11 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from hga_jax.bench.decode import CHUNK, GROUP, LOCAL, SHAPES, SINKS, WINDOW_PAGES, environment, kernel_times
+from hga_jax.config import HGAConfig
 from hga_jax.sketches import built_in_rotation
 from pallas_kernels.routed_decode_attention import Config as AttentionConfig
 from pallas_kernels.sketch_decode import attend_selected, scan_beside_windows
 from pallas_kernels.sketch_routing import Config as ScanConfig
 from pallas_kernels.sketch_routing import middle_of, prepare
+from pallas_kernels.votes import NEVER, stamp_of
 
 SCANS = (
     "2x128x4x3x4", "2x128x4x3x8", "2x128x4x3x16", "2x128x4x3x32", "2x128x4x4x16", "2x128x4x1x16", "4x128x4x3x16", "4x128x4x1x16",
@@ -72,6 +74,8 @@ def main(argv: list[str]) -> None:
 
     heads, kv_heads, head_dim = SHAPES[options.shape][1:]
     ratio, chunks, pages = heads // kv_heads, options.tokens // CHUNK, options.tokens // GROUP
+    hga = HGAConfig()
+    votes = hga.votes_for(ratio)
     query = jax.random.normal(jax.random.key(0), (kv_heads, ratio, head_dim)).astype(jnp.bfloat16)
     rotation = jnp.asarray(built_in_rotation(head_dim))
     middle = middle_of(jnp.int32(chunks), jnp.int32(chunks), SINKS, LOCAL)  # the open chunk comes after those of the history
@@ -85,11 +89,12 @@ def main(argv: list[str]) -> None:
         scales = (0.3 + jnp.abs(jax.random.normal(seeds[2], (kv_heads, options.tokens)))).astype(jnp.bfloat16)
         open_to_it = jax.random.uniform(seeds[3], (kv_heads, pages)) < options.routed / options.tokens
         store = jax.random.normal(seeds[4], (kv_heads, pages, 2, GROUP, head_dim), jnp.bfloat16)
-        return means, codes, scales, jnp.where(open_to_it, chunks - 1, -2).astype(jnp.int32), store, store[:, :WINDOW_PAGES]
+        return means, codes, scales, jnp.where(open_to_it, stamp_of(chunks, True, 0, votes), NEVER), store, store[:, :WINDOW_PAGES]
 
     layers = [layer(seed) for seed in range(1 if options.interpret else LAYERS)]
     scanned = sum(x.nbytes for x in layers[0][:3])
-    rules = {"pages_per_chunk": CHUNK // GROUP, "threshold": 0.001 * ratio, "capacity": min(1024, pages)}
+    rules = {"pages_per_chunk": CHUNK // GROUP, "threshold": hga.threshold_for(ratio), "capacity": min(hga.page_capacity, pages)}
+    rules |= {"votes": votes, "vote_share": hga.vote_share}
     how = {"implementation": "pallas", "interpret": options.interpret}
 
     @partial(jax.jit, static_argnames=("scan_config", "config"))

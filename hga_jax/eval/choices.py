@@ -71,7 +71,10 @@ def _setting(word: str, item: str) -> tuple[str, Any]:
         raise ValueError(f"--policy {word}: {item!r} is no setting, write NAME=VALUE with NAME one of {', '.join(CHOOSABLE)}")
     if key == "threshold":
         return key, parse_threshold(text)
+    if text == "auto":
+        return key, text
     kind = type(getattr(HGAConfig(), key))
+    kind = int if getattr(HGAConfig(), key) == "auto" else kind
     try:
         return key, kind(text)
     except ValueError:

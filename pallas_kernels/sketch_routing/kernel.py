@@ -328,7 +328,7 @@ def select_program(
         listed, listed_rank = listed + taken, (running & 0xFFFF) + jnp.minimum(new_rank, room)
         if votes:
             cast = jnp.sum((scores >= vote_bound[None, :]).astype(jnp.int32), axis=1) * middle.astype(jnp.int32)
-            stamps = jnp.where(cast > 0, stamp_of(own, open_to_it > 0, votes_in(stamps, own) + cast), stamps)
+            stamps = jnp.where(cast > 0, stamp_of(own, open_to_it > 0, votes_in(stamps, own, votes) + cast, votes), stamps)
             plgpu.store(stamps_out_ref.at[k, page], stamps, mask=cast > 0)
             if carried is not None:  # only now that this token's votes are counted
                 listed = kept(stamps, after) * (page < end).astype(jnp.int32)

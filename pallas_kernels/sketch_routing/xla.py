@@ -74,7 +74,7 @@ def select(
     visible = seen | taken
     if votes:
         cast = ((scores >= (total + math.log(threshold * vote_share))[..., None]) & (scores > -jnp.inf)).sum(1)
-        stamps = jnp.where(cast > 0, stamp_of(own, visible, votes_in(stamps, own) + cast), stamps)
+        stamps = jnp.where(cast > 0, stamp_of(own, visible, votes_in(stamps, own, votes) + cast, votes), stamps)
     else:
         stamps = jnp.where(wanted & visible, own, stamps)
     refused = by_part(fresh & ~taken).sum(2)
