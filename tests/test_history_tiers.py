@@ -141,27 +141,30 @@ def test_summaries_on_the_host_need_the_host_tier():
         HGAAttention(HGAConfig(), host_summaries=4)
 
 
-def teacher_forced(decoder, backend, tokens, position, states):
-    """Float32 logits after each of `tokens`, fed one by one."""
+def teacher(decoder, backend):
+    """A function of tokens, the first one's position and states: float32 logits after each token, fed one by one."""
 
     @jax.jit
     def step(token, position, states):
         logits, states, _ = programs.decode_step(decoder, token, position, states, backend)
         return logits, states
 
-    settle = jax.jit(lambda states, held: tuple(backend.settle(state, held) for state in states))
-    start, finish = (
+    start, settle, finish = (
         jax.jit(lambda states, held, one=one: tuple(one(state, held) for state in states))
-        for one in (backend.start_decoding, backend.finish_decoding)
+        for one in (backend.start_decoding, backend.settle, backend.finish_decoding)
     )
-    states, logits = start(states, jnp.int32(position)), []
-    for held, token in enumerate(tokens, position + 1):
-        out, states = step(jnp.int32(token), jnp.int32(held - 1), states)
-        logits.append(np.asarray(out))
-        if held % backend.settle_every == 0:
-            states = settle(states, jnp.int32(held))
-    finish(states, jnp.int32(position + len(tokens)))
-    return np.stack(logits)
+
+    def forced(tokens, position, states):
+        states, logits = start(states, jnp.int32(position)), []
+        for held, token in enumerate(tokens, position + 1):
+            out, states = step(jnp.int32(token), jnp.int32(held - 1), states)
+            logits.append(np.asarray(out))
+            if held % backend.settle_every == 0:
+                states = settle(states, jnp.int32(held))
+        finish(states, jnp.int32(position + len(tokens)))
+        return np.stack(logits)
+
+    return forced
 
 
 @pytest.mark.gpu
@@ -170,7 +173,8 @@ def test_300_tokens_on_a_gpu(policy):
     """Two layers in bfloat16: kernels over the device, the host, a bank, and with summaries on the host, beside the XLA operations.
 
     bfloat16 has 8 bits, and two layers of differently ordered sums give logits that differ by half a per cent or so. The same pages must
-    be open: a page that only one of two runs opens moves single logits by far more.
+    be open: a page that only one of two runs opens moves single logits by far more. So none may be refused, for who comes first is then a
+    matter of rounding: random weights ask for most of 64,000 tokens by the default threshold.
     """
     if jax.default_backend() != "gpu":
         pytest.skip("needs a CUDA GPU")
@@ -178,20 +182,23 @@ def test_300_tokens_on_a_gpu(policy):
         model_type="llama", vocab_size=512, hidden_size=256, layers=2, heads=8, kv_heads=2, head_dim=64, mlp_size=256, native_context=2**17
     )  # fmt: skip
     decoder, rng = Decoder(model, jnp.bfloat16), np.random.default_rng(3)
-    tokens = rng.integers(0, 512, 300)
-    for prompt in (50, 700, 5000, 64000):
-        ids, logits = rng.integers(0, 512, prompt), {}
-        for name, how in {"xla": {"implementation": "xla"}, **TIERS}.items():
-            if policy == "paper" and name == "bank":
-                continue
-            backend = HGAAttention(HGAConfig(policy=policy), model.rope, **how)
+    tokens, prompts = rng.integers(0, 512, 300), [rng.integers(0, 512, length) for length in (50, 700, 5000, 64000)]
+    logits = {}
+    for name, how in {"xla": {"implementation": "xla"}, **TIERS}.items():
+        if policy == "paper" and name == "bank":
+            continue
+        backend = HGAAttention(HGAConfig(policy=policy, threshold=0.03), model.rope, **how)
+        forced = teacher(decoder, backend)
+        for ids in prompts:
             *_, last = programs.prefill_blocks(decoder, ids, programs.new_states(decoder, backend, 64320, jnp.bfloat16), backend)
-            logits[name] = teacher_forced(decoder, backend, tokens, prompt, backend.before_decoding(last.states))
-        for name, found in logits.items():
-            error = np.linalg.norm(found - logits["xla"], axis=-1) / np.linalg.norm(logits["xla"], axis=-1)
-            same = np.mean(found.argmax(-1) == logits["xla"].argmax(-1))
-            figures = f"relative error median {np.median(error):.1e} max {error.max():.1e}, same argmax {same:.3f}"
-            print(f"{policy}, {prompt} tokens, {name}: {figures}")
-            assert np.median(error) <= 1e-2, (prompt, name, figures)
-            assert error.max() <= 5e-2, (prompt, name, figures)
-            assert same >= 0.95, (prompt, name, figures)
+            assert last.stats.refused == 0
+            logits[name, len(ids)] = forced(tokens, len(ids), backend.before_decoding(last.states))
+    for (name, prompt), found in logits.items():
+        expected = logits["xla", prompt]
+        error = np.linalg.norm(found - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
+        same = np.mean(found.argmax(-1) == expected.argmax(-1))
+        figures = f"relative error median {np.median(error):.1e} max {error.max():.1e}, same argmax {same:.3f}"
+        print(f"{policy}, {prompt} tokens, {name}: {figures}")
+        assert np.median(error) <= 1e-2, (prompt, name, figures)
+        assert error.max() <= 5e-2, (prompt, name, figures)
+        assert same >= 0.95, (prompt, name, figures)
