@@ -20,7 +20,7 @@ from hga_jax.cache import DeviceHistory, HostHistory
 from hga_jax.cache.host import put_on_device, put_on_host
 from hga_jax.cache.window import window_places
 from hga_jax.config import HGAConfig, RopeConfig
-from hga_jax.decoding import How, cannot_decode, carried_pages, close_chunk, decode_token
+from hga_jax.decoding import How, cannot_decode, close_chunk, decode_token, early_pages
 from hga_jax.gradients import routed_attention_gradient
 from hga_jax.listed import attend_listed
 from hga_jax.policies import Policy, policy_for
@@ -49,10 +49,10 @@ class HGAAttention(AttentionBackend):
     place from host memory, for want of room on the device. implementation: of decoding, None (kernels on a CUDA GPU, XLA elsewhere),
     "pallas", "xla", or "interpret": the kernels in Pallas' interpreter, for tests.
 
-    With the sketch policy any split of a prompt into prefill calls and decode steps gives the same result; with screening (see HGAConfig)
-    nearly: candidates are not remembered from one call to the next, and decode scans everything. With scan_pairs any split into prefill
-    calls does, and decode again scans everything. With the paper policy the new
-    queries of a chunk share their cuts, so results depend on the split inside the chunk where a call starts or ends.
+    With the sketch policy any split of a prompt into prefill calls and decode steps gives the same result. With scan_pairs (see HGAConfig)
+    any split into prefill calls does, and decode scans everything; with screening candidates are not remembered from one call to the next
+    either. With the paper policy the new queries of a chunk share their cuts, so results depend on the split inside the chunk where a call
+    starts or ends.
     """
 
     config: HGAConfig
@@ -157,7 +157,7 @@ class HGAAttention(AttentionBackend):
         """The position is common to all layers: carried once, it costs no launch a layer."""
         history = state.history.typed() if isinstance(state.history, HostHistory) else state.history
         how = self._how(state, history.kv_heads, history.head_dim)
-        carried = None if how is None else carried_pages(state, held, self.config, how)
+        carried = None if how is None else early_pages(state, held, self.config, how)
         return replace(state, history=replace(history, length=None), carried=carried)
 
     def settle(self, state: LayerState, held: Int[Array, ""]) -> LayerState:

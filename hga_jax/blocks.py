@@ -366,7 +366,8 @@ def new_state(history: Any, dtype: Any, config: HGAConfig, policy: Policy) -> La
     summaries = empty(policy.summarise, history.kv_heads, history.capacity, history.head_dim, dtype)
     pages = history.capacity // config.group_size
     marks = None if policy.remembers else empty_marks(history.kv_heads, pages)
-    energy = jnp.zeros((history.kv_heads, history.head_dim // 2)) if config.scan_pairs and policy.remembers else None
+    pairs = config.pairs_for(history.capacity, history.head_dim)
+    energy = jnp.zeros((history.kv_heads, history.head_dim // 2)) if pairs else None
     return LayerState(history, *varying_like((summaries, policy.new_stamps(history.kv_heads, pages), marks, energy), history.pages))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from pallas_kernels.votes import MOST as MOST_VOTES
+from pallas_kernels.votes import ENOUGH
 
 POLICIES = ("sketch", "paper")
 SUMMARIES = ("mixed_rope", "mean")
@@ -15,8 +15,10 @@ SUMMARIES = ("mixed_rope", "mean")
 # quality the threshold may grow with G. "balanced": SmolLM2 (G = 3) loses 0.002 nats at 4K tokens, 0.003 at 8K, and fetches less than the
 # paper policy (eval/README.md, also for Qwen2.5-Coder, G = 7).
 QUALITY = {"fast": 0.008 / 3, "balanced": 0.001, "best": 0.001 / 3}
-# Tokens of history room up to which every sketch is scanned: screening can cost loss on source code (eval/README.md).
-SCREEN_FROM = 65536
+# Where votes keep pages open, thresholds this much higher open about as many (eval/README.md).
+VOTES_THRESHOLD = 1.7
+# Tokens of history room up to which prefill scans whole sketches; beyond, scanning a quarter of the rotary pairs saves more than half.
+PAIRS_FROM = 65536
 # Tokens below which cuDNN's dense attention is faster on an H100: 3.7 ms a layer at 16,384 (routing and routed attention 4.8), 13.9 at
 # 32,768 (13.2), 32 heads of 128.
 DENSE_BELOW = 24576
@@ -42,22 +44,22 @@ class HGAConfig:
     policy: "sketch" (causal threshold on estimated attention mass) or "paper" (arXiv 2606.30709: top chunks, then top groups).
     threshold: sketch policy, the share of a query's attention mass above which a page is opened (0 < threshold < 1), or a level of QUALITY,
     whose threshold depends on how many query heads share a kv head.
-    votes, vote_share: sketch policy, what keeps a page open for the next chunk. 1 and 1: any request. Otherwise at least `votes` of the
-    chunk's (query, head) pairs must have vote_share * threshold of their mass there, whether or not one of them asked for it.
+    votes, vote_share: sketch policy, what keeps a page open for the next chunk: `votes` of the chunk's (query, head) pairs have vote_share
+    of the threshold there, whether or not one of them asked for it. "auto": a 28th of the pairs (16 of the 448 of 7 heads). 0: any request
+    does, and "threshold" levels are lower.
     page_capacity: sketch policy, the most routed pages of a kv head open at a time; further requests are refused, in query order.
     Decode kernels keep several lists a kv head, with room for as many pages twice over, and refuse when one is full.
-    screening: sketch policy, how prefill finds pages. "off": every query scans the sketch of every token. "on": every screen_stride-th
-    query looks at each page's mean key plus screen_spread standard deviations; pages that reach screen_margin of the threshold, as a share
-    of the windows' mass, are candidates from there to the end of the next chunk. Every request_stride-th query requests those of them whose
-    sketches reach screen_threshold of the threshold. "auto": on an NVIDIA GPU, in histories with room for more than SCREEN_FROM tokens; off
-    elsewhere and where votes count. Decode always scans everything.
-    scan_pairs: sketch policy, 0 or in how many rotary pairs prefill scans tokens, in place of sketches or screening: a page counts as its
-    mean key and, in those pairs alone, the largest of its tokens' deviations from that. For each kv head they are the pairs in which the
-    first queries and keys of the sequence, those that have nothing to route, have the largest products of energies; where none of those
-    queries was seen (a history that was stored, or begun by other means than prefill) prefill goes by sketches. Decode does always, so that
-    where a prompt ends changes which pages are open to the tokens behind. A quarter of the pairs costs a quarter of the products and up to
-    0.002 nats (SmolLM2-135M up to 8,192 tokens, eval/README.md). pairs_threshold: factor on the threshold then, for scores are lower
-    without the other pairs; 0: the one with which about as many tokens are opened as by sketches.
+    screening: sketch policy, how prefill finds pages. "off": every query scans every token. "on": every screen_stride-th query looks at
+    each page's mean key plus screen_spread standard deviations; pages that reach screen_margin of the threshold, as a share of the windows'
+    mass, are candidates from there to the end of the next chunk. Every request_stride-th query requests those of them whose sketches reach
+    screen_threshold of the threshold. Decode always scans everything. Screening finds no votes.
+    scan_pairs: sketch policy, 0 or in how many rotary pairs prefill scans tokens, in place of sketches: a page counts as its mean key and,
+    in those pairs alone, the largest of its tokens' deviations from that. For each kv head they are the pairs in which the first queries
+    and keys of the sequence, those that have nothing to route, have the largest products of energies; where none of those queries was seen
+    (a history that was stored, or begun by other means than prefill) prefill goes by sketches. Decode does always, so that where a prompt
+    ends changes which pages are open to the tokens behind. "auto": on an NVIDIA GPU, in histories with room for more than PAIRS_FROM
+    tokens, a quarter of the pairs, which costs half the time; what it costs in loss: eval/README.md. pairs_threshold: factor on the
+    threshold then, for scores are lower without the other pairs; 0: the one with which about as many tokens are opened as by sketches.
     dense_below: a prompt's first call of at most so many tokens attends to everything, which is faster there as well as exact; "auto": up
     to the crossover measured on NVIDIA GPUs, 0 elsewhere.
     top_chunks, top_groups, summary: paper policy; `top_groups // 2` is what each single query requests.
@@ -69,16 +71,16 @@ class HGAConfig:
     local_chunks: int = 8
     policy: Literal["sketch", "paper"] = "sketch"
     threshold: float | Literal["fast", "balanced", "best"] = "balanced"
-    votes: int = 1
-    vote_share: float = 1.0
+    votes: int | Literal["auto"] = "auto"
+    vote_share: float = 0.1
     page_capacity: int = 1024
-    screening: Literal["auto", "on", "off"] = "auto"
+    screening: Literal["on", "off"] = "off"
     screen_stride: int = 4
     request_stride: int = 1
     screen_spread: float = 3.0
     screen_margin: float = 1 / 16
     screen_threshold: float = 0.25
-    scan_pairs: int = 0
+    scan_pairs: int | Literal["auto"] = "auto"
     pairs_threshold: float = 0.0
     dense_below: int | Literal["auto"] = 0
     top_chunks: int = 16
@@ -96,16 +98,16 @@ class HGAConfig:
             raise ValueError(f"threshold={self.threshold!r}: choose {', '.join(QUALITY)} or a number between 0 and 1")
         if not isinstance(self.threshold, str) and not 0.0 < self.threshold < 1.0:
             raise ValueError(f"threshold={self.threshold} must lie between 0 and 1 (0.004 is a good start)")
-        if not 1 <= self.votes <= MOST_VOTES or not 0 < self.vote_share <= 1:
-            raise ValueError(f"votes={self.votes} must lie between 1 and {MOST_VOTES} and vote_share={self.vote_share} in (0, 1]")
-        if self.votes_to_keep and self.screening == "on":
-            raise ValueError(
-                f"screening='on' finds no votes: choose off, or votes=1 and vote_share=1 in place of {self.votes} and {self.vote_share}"
-            )
+        if self.votes != "auto" and (isinstance(self.votes, str) or not 0 <= self.votes <= ENOUGH):
+            raise ValueError(f'votes={self.votes!r}: choose "auto" or a number from 0 to {ENOUGH}')
+        if not 0 < self.vote_share <= 1:
+            raise ValueError(f"vote_share={self.vote_share} must lie in (0, 1]")
+        if self.counts_votes and self.screening == "on":
+            raise ValueError(f"screening='on' finds no votes: choose off, or votes=0 in place of {self.votes}")
         if self.page_capacity < 1:
             raise ValueError(f"page_capacity={self.page_capacity} must be at least 1")
-        if self.screening not in ("auto", "on", "off"):
-            raise ValueError(f"screening={self.screening!r}: choose auto, on or off")
+        if self.screening not in ("on", "off"):
+            raise ValueError(f"screening={self.screening!r}: choose on or off")
         for name in ("screen_stride", "request_stride"):
             if getattr(self, name) < 1 or self.chunk_size % getattr(self, name):
                 raise ValueError(f"{name}={getattr(self, name)} must divide chunk_size={self.chunk_size}")
@@ -114,8 +116,10 @@ class HGAConfig:
                 f"screen_spread={self.screen_spread} must not be negative, screen_margin={self.screen_margin} must lie in (0, 1] and "
                 f"screen_threshold={self.screen_threshold} be positive"
             )
-        if self.scan_pairs < 0 or not self.pairs_threshold >= 0:
-            raise ValueError(f"scan_pairs={self.scan_pairs} and pairs_threshold={self.pairs_threshold} must not be negative")
+        if self.scan_pairs != "auto" and (isinstance(self.scan_pairs, str) or self.scan_pairs < 0):
+            raise ValueError(f'scan_pairs={self.scan_pairs!r}: choose "auto" or a number of pairs')
+        if not self.pairs_threshold >= 0:
+            raise ValueError(f"pairs_threshold={self.pairs_threshold} must not be negative")
         if self.dense_below != "auto" and (isinstance(self.dense_below, str) or self.dense_below < 0):
             raise ValueError(f'dense_below={self.dense_below!r}: choose "auto" or a number of tokens')
         if self.top_chunks < 1 or self.top_groups < 2:
@@ -135,16 +139,24 @@ class HGAConfig:
     @property
     def lists_pages(self) -> bool:
         """Whether prefill goes by page lists on every machine, because only they do what is asked for."""
-        return self.policy == "sketch" and (self.screening == "on" or self.scan_pairs > 0)
+        return self.policy == "sketch" and (self.screening == "on" or self.scan_pairs not in ("auto", 0))
 
     @property
-    def votes_to_keep(self) -> int:
-        """Votes that keep a page open for the next chunk; 0: any request does."""
-        return self.votes if self.policy == "sketch" and (self.votes, self.vote_share) != (1, 1.0) else 0
+    def counts_votes(self) -> bool:
+        """Whether votes keep pages open for the next chunk, and not any request."""
+        return self.policy == "sketch" and self.votes != 0 and not (self.votes == "auto" and self.screening == "on")
 
-    def screened(self, room: int) -> bool:
-        """Whether prefill by page lists screens, in a history with room for so many tokens."""
-        return self.screening == "on" or (self.screening == "auto" and room > SCREEN_FROM and not self.votes_to_keep)
+    def votes_for(self, queries_per_kv_head: int) -> int:
+        """Votes that keep a page open for the next chunk when so many query heads share a kv head; 0: any request does."""
+        if not self.counts_votes:
+            return 0
+        return min(max(round(self.chunk_size * queries_per_kv_head / 28), 1), ENOUGH) if self.votes == "auto" else self.votes
+
+    def pairs_for(self, room: int, head_dim: int) -> int:
+        """In how many rotary pairs prefill by page lists scans a history with room for so many tokens; 0: by sketches."""
+        if self.policy != "sketch" or self.screening == "on":
+            return 0
+        return (head_dim // 8 if room > PAIRS_FROM else 0) if self.scan_pairs == "auto" else self.scan_pairs
 
     def dense_up_to(self, fused: bool) -> int:
         """Tokens of a prompt's first call up to which attention is dense; fused: whether cuDNN's attention takes its arrays."""
@@ -152,14 +164,16 @@ class HGAConfig:
 
     def threshold_for(self, queries_per_kv_head: int) -> float:
         """The share of attention mass that opens a page when so many query heads share a kv head."""
-        return QUALITY[self.threshold] * queries_per_kv_head if isinstance(self.threshold, str) else self.threshold
+        if not isinstance(self.threshold, str):
+            return self.threshold
+        return QUALITY[self.threshold] * queries_per_kv_head * (VOTES_THRESHOLD if self.counts_votes else 1)
 
-    def pairs_threshold_for(self, head_dim: int) -> float:
-        """The factor on the threshold where tokens are scanned in scan_pairs rotary pairs."""
+    def pairs_threshold_for(self, pairs: int, head_dim: int) -> float:
+        """The factor on the threshold where tokens are scanned in so many rotary pairs."""
         if self.pairs_threshold:
             return self.pairs_threshold
         # Fitted to SmolLM2-135M, 4,096 tokens of source code and of a novel: 0.38, 0.60, 0.72, 0.83 for 1/8, 1/4, 3/8, 1/2 of the pairs.
-        return 1 - 0.72 * (1 - 2 * self.scan_pairs / head_dim) ** 2
+        return 1 - 0.72 * (1 - 2 * pairs / head_dim) ** 2
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,10 @@ from hga_jax.sketches import built_in_rotation
 from hga_jax.summaries import write
 from pallas_kernels import paper_routing, sketch_routing
 from pallas_kernels.limits import power_of_two
-from pallas_kernels.routed_decode_attention import Bank, FreshToken, Partial, merge, page_attention, plan_bank, window_attention
 from pallas_kernels.routed_decode_attention import Config as AttentionConfig
+from pallas_kernels.routed_decode_attention import FreshToken, Partial, merge, page_attention, window_attention
+from pallas_kernels.sketch_decode import Scanned, attend_selected, scan_beside_windows
 from pallas_kernels.sketch_routing import PageList
-from pallas_kernels.votes import oldest_open
 
 MOST_HEADS = 31  # query heads a kv head: the paper policy's page masks are int32
 
@@ -44,11 +44,15 @@ class How:
 
     def attention(self) -> dict[str, Any]:
         """Arguments of the operations of routed_decode_attention."""
-        return self.plain() | ({"config": AttentionConfig(splits=2, window_splits=2)} if self.interpret else {})
+        return self.plain() | ({"config": AttentionConfig(splits=2, window_splits=2, beside_splits=2)} if self.interpret else {})
 
     def sketch(self) -> dict[str, Any]:
         """Arguments of the operations of sketch_routing."""
         return self.plain() | ({"config": sketch_routing.Config(unpack="arithmetic", scan_programs=2)} if self.interpret else {})
+
+    def together(self) -> dict[str, Any]:
+        """Arguments of the operations of sketch_decode."""
+        return self.attention() | {"scan_config": self.sketch().get("config")}
 
 
 def cannot_decode(config: HGAConfig, heads: int, kv_heads: int, capacity: int, head_dim: int) -> str | None:
@@ -64,12 +68,15 @@ def cannot_decode(config: HGAConfig, heads: int, kv_heads: int, capacity: int, h
     return None
 
 
-def carried_pages(state: LayerState, position: Int[Array, ""], config: HGAConfig, how: How) -> PageList | None:
-    """The pages open to the token at `position` whatever it asks for; None for policies that remember nothing."""
-    if state.stamps is None:
-        return None
+def early_pages(state: LayerState, position: Int[Array, ""], config: HGAConfig, how: How) -> PageList | None:
+    """The list that a loop over tokens carries from one to the next: pages fetched before routing. None where nothing is."""
+    return carried_pages(state, position, config, how) if state.stamps is not None and _comes_early(state) else None
+
+
+def carried_pages(state: LayerState, position: Int[Array, ""], config: HGAConfig, how: How) -> PageList:
+    """The pages open to the token at `position` whatever it asks for."""
     own_chunk = position // config.chunk_size
-    rules = {"capacity": _capacity(state, config), "votes": config.votes_to_keep}
+    rules = {"capacity": _capacity(state, config), "votes": int(config.counts_votes)}
     return sketch_routing.carried_pages(state.stamps, own_chunk, **rules, **how.sketch())
 
 
@@ -87,60 +94,52 @@ def decode_token(
     scale: float,
     how: How,
 ) -> tuple[Float[Array, "N H"], LayerState, Stats]:
-    """Append the token at `position` and attend from it. `close_chunk` must have been called when the chunk before was full.
-
-    Windows, carried pages and routing do not wait for each other: the compiler may run them side by side (see programs.decode_tokens), so
-    that pages come over PCIe while the sketches are scanned.
-    """
-    grouped, windows, state = _attend_windows(query, key, value, state, position, config, scale, how)
+    """Append the token at `position` and attend from it. `close_chunk` must have been called when the chunk before was full."""
+    query, shape = query.reshape(key.shape[0], -1, key.shape[1]), query.shape
     attend = _attend_requested if config.policy == "paper" else _attend_remembered
-    out, state, tally = attend(grouped, windows, state, position, config, scale, how)
-    return out.reshape(query.shape), state, _stats(tally, window_places(position, config), position, config)
+    out, state, tally = attend(query, FreshToken(key, value, _place(position, config)), state, position, config, scale, how)
+    return out.reshape(shape), state, _stats(tally, window_places(position, config), position, config)
 
 
-def _attend_windows(
-    query: Float[Array, "N H"],
-    key: Float[Array, "K H"],
-    value: Float[Array, "K H"],
-    state: LayerState,
-    position: Int[Array, ""],
-    config: HGAConfig,
-    scale: float,
-    how: How,
-) -> tuple[Float[Array, "K G H"], Partial, LayerState]:
-    """Sinks, local window and own chunk, the token's own key and value among them and now in the history: (query by kv head, partial
-    result, state)."""
-    query = query.reshape(key.shape[0], -1, key.shape[1])
+def _place(position: Int[Array, ""], config: HGAConfig) -> Int[Array, " 2"]:
+    """Of the newest token: its page's place in the windows, its row in the page."""
+    return jnp.stack([window_places(position, config).open_place, position % config.group_size])
+
+
+def _windows_of(state: LayerState, position: Int[Array, ""], config: HGAConfig) -> dict[str, Any]:
+    """Sinks, local window and own chunk of a token, as window_attention wants them."""
     places, history = window_places(position, config), state.history
-    fresh = FreshToken(key, value, jnp.stack([places.open_place, position % config.group_size]))
-    settings = how.attention() | {"scale": scale, "fresh": fresh}
     if isinstance(history, HostHistory):
-        windows = window_attention(query, history.window, places.valid, **settings)
-        history = replace(history, window=windows.window)
-    else:
-        windows = window_attention(query, history.pages, places.valid, pages=places.pages, **settings)
-        history = replace(history, pages=windows.window)
-    return query, windows.partial, replace(state, history=history)
+        return {"window": history.window, "valid": places.valid, "pages": None}
+    return {"window": history.pages, "valid": places.valid, "pages": places.pages}
+
+
+def _with_windows(state: LayerState, window: Float[Array, "K W 2 g H"]) -> LayerState:
+    """With the array that `_windows_of` named changed: the newest token is in it."""
+    history = state.history
+    return replace(state, history=replace(history, **{"window" if isinstance(history, HostHistory) else "pages": window}))
 
 
 class Tally(NamedTuple):
     """What a token did, for the statistics. counts: pages visible and requests refused, by kv head and perhaps part. seen: visible pages of
-    an average head. unopened: sums to the unopened mass of each head. hits: pages found in the bank where there is one."""
+    an average head. unopened: sums to the unopened mass of each head. hits: pages found in the bank where there is one, by part."""
 
     counts: Int[Array, "*parts 2"]
     seen: Float[Array, ""]
     unopened: Float[Array, "K parts G"] | None = None
-    hits: Int[Array, " K"] | None = None
+    hits: Int[Array, "K parts"] | None = None
 
 
 def _attend_requested(
-    query: Float[Array, "K G H"], windows: Partial, state: LayerState, position: Array, config: HGAConfig, scale: float, how: How
+    query: Float[Array, "K G H"], fresh: FreshToken, state: LayerState, position: Array, config: HGAConfig, scale: float, how: How
 ) -> tuple[Float[Array, "K G H"], LayerState, Tally]:
     """Paper policy: each head's own pages, nothing remembered."""
-    settings = how.attention()
+    settings = how.attention() | {"scale": scale}
+    windows = window_attention(query, **_windows_of(state, position, config), fresh=fresh, **settings)
+    state = _with_windows(state, windows.window)
     found = _route_paper(query, state, position, config, how)
-    routed, _ = page_attention(query, found.ids, found.counts, state.history.pages, scale=scale, heads=found.heads, **settings)
-    out = merge([windows, routed], query.dtype, **settings).out
+    routed = page_attention(query, found.ids, found.counts, state.history.pages, heads=found.heads, **settings)
+    out = merge([windows.partial, routed], query.dtype, **how.attention()).out
     return out, replace(state, marks=found.marks), _paper_tally(found, query)
 
 
@@ -160,68 +159,84 @@ def _paper_tally(found: Any, query: Float[Array, "K G H"]) -> Tally:
 
 
 def _attend_remembered(
-    query: Float[Array, "K G H"], windows: Partial, state: LayerState, position: Array, config: HGAConfig, scale: float, how: How
+    query: Float[Array, "K G H"], fresh: FreshToken, state: LayerState, position: Array, config: HGAConfig, scale: float, how: How
 ) -> tuple[Float[Array, "K G H"], LayerState, Tally]:
-    """Sketch policy: pages that stay open from earlier requests, then those that this token opens."""
-    own_chunk = position // config.chunk_size
+    """Sketch policy: pages that stay open from earlier requests, and those that this token opens."""
+    if _comes_early(state):
+        return _attend_early(query, fresh, state, position, config, scale, how)
+    middle = _middle(position, config)
+    scanned, state = _scan(query, fresh, state, position, middle, config, scale, how)
+    bank = getattr(state.history, "bank", None)
+    settings = _selection(query, state, config) | how.together() | {"scale": scale}
+    found = attend_selected(query, scanned, state.stamps, middle, state.history.pages, bank=bank, **settings)
+    if bank is not None:
+        state = replace(state, history=replace(state.history, bank=found.bank))
+    tally = Tally(found.counts, found.counts[..., 0].sum() / query.shape[0], found.unopened, found.hits)
+    return found.out, replace(state, stamps=found.stamps), tally
+
+
+def _comes_early(state: LayerState) -> bool:
+    """Whether pages that are open anyway are fetched before routing: where every page comes over PCIe, while the sketches are scanned."""
+    return isinstance(state.history, HostHistory) and state.history.bank is None
+
+
+def _attend_early(
+    query: Float[Array, "K G H"], fresh: FreshToken, state: LayerState, position: Array, config: HGAConfig, scale: float, how: How
+) -> tuple[Float[Array, "K G H"], LayerState, Tally]:
+    """Windows and sketches, and the pages that are open anyway, do not wait for each other: the compiler may run them side by side (see
+    programs.decode_tokens)."""
+    settings, store = how.attention() | {"scale": scale}, state.history.pages
     before = state.carried or carried_pages(state, position, config, how)
-    history, bank = state.history, getattr(state.history, "bank", None)
-    recent = oldest_open(own_chunk, config.votes_to_keep)
-    if isinstance(history, HostHistory) and bank is None:
-        # Pages that are open anyway come over PCIe while the sketches are scanned.
-        carried, _, _ = _attend_listed(query, before, None, history.pages, None, state.stamps, recent, scale, how)
-        found = _route_sketch(query, windows, state, position, config, scale, how)
-        fresh, _, _ = _attend_listed(query, found.fresh, None, history.pages, None, found.stamps, recent, scale, how)
-        partials, hits = [windows, carried, fresh], None
-    else:
-        # Pages on the device do not need the head start: both lists in one launch take as long (45 us a layer either way on an H100).
-        found = _route_sketch(query, windows, state, position, config, scale, how)
-        visible, bank, hits = _attend_listed(query, before, found.fresh, history.pages, bank, found.stamps, recent, scale, how)
-        partials = [windows, visible]
-    merged = merge(partials, query.dtype, hand_over=tuple(zip(found.carried, before, strict=True)), **how.attention())
-    history = history if bank is None else replace(history, bank=bank)
+    carried = page_attention(query, *before, store, parts=before.count.shape[1], **settings)
+    windows, state, found = _route_sketch(query, fresh, state, position, config, scale, how)
+    opened = page_attention(query, *found.fresh, store, parts=before.count.shape[1], **settings)
+    handed = tuple(zip(found.carried, before, strict=True))
+    merged = merge([windows, carried, opened], query.dtype, hand_over=handed, **how.attention())
     after = PageList(*merged.targets) if state.carried is not None else None
-    tally = Tally(found.counts, found.counts[..., 0].sum() / query.shape[0], found.unopened, hits)
-    return merged.out, replace(state, history=history, stamps=found.stamps, carried=after), tally
+    tally = Tally(found.counts, found.counts[..., 0].sum() / query.shape[0], found.unopened)
+    return merged.out, replace(state, carried=after), tally
 
 
-def _route_sketch(
+def _middle(position: Int[Array, ""], config: HGAConfig) -> Int[Array, " 4"]:
+    now, after = position // config.chunk_size, (position + 1) // config.chunk_size
+    return sketch_routing.middle_of(now, after, config.sink_chunks, config.local_chunks)
+
+
+def _selection(query: Float[Array, "K G H"], state: LayerState, config: HGAConfig) -> dict[str, Any]:
+    threshold = config.threshold_for(query.shape[1])
+    voting = {"votes": config.votes_for(query.shape[1]), "vote_share": config.vote_share}
+    return {"pages_per_chunk": config.groups_per_chunk, "threshold": threshold, "capacity": _capacity(state, config)} | voting
+
+
+def _scan(
     query: Float[Array, "K G H"],
-    windows: Partial,
+    fresh: FreshToken,
     state: LayerState,
     position: Array,
+    middle: Int[Array, " 4"],
     config: HGAConfig,
     scale: float,
     how: How,
-) -> sketch_routing.Pages:
+) -> tuple[Scanned, LayerState]:
+    """Estimated scores of all pages, and the windows attended to, the newest token in them."""
     summaries = state.summaries
-    columns = sketch_routing.query_columns(query, jnp.asarray(built_in_rotation(query.shape[2])), **how.plain())
-    return sketch_routing.sketch_routing(
-        columns, summaries.means, summaries.codes, summaries.scales, state.stamps, windows.stats, position // config.chunk_size,
-        (position + 1) // config.chunk_size, sink_chunks=config.sink_chunks, local_chunks=config.local_chunks,
-        group_size=config.group_size, threshold=config.threshold_for(query.shape[1]), capacity=_capacity(state, config), scale=scale,
-        votes=config.votes_to_keep, vote_share=config.vote_share, **how.sketch(),
+    prepared = sketch_routing.prepare(query, jnp.asarray(built_in_rotation(query.shape[2])), summaries.means, middle, **how.plain())
+    scanned = scan_beside_windows(
+        query, prepared, summaries.codes, summaries.scales, middle, **_windows_of(state, position, config), fresh=fresh, scale=scale,
+        **how.together(),
     )  # fmt: skip
+    return scanned, _with_windows(state, scanned.windows.window)
 
 
-def _attend_listed(
-    query: Float[Array, "K G H"],
-    listed: PageList,
-    more: PageList | None,
-    store: Float[Array, "K P 2 g H"],
-    bank: Bank | None,
-    recency: Int[Array, "K P"],
-    needed: Int[Array, ""],
-    scale: float,
-    how: How,
-) -> tuple[Partial, Bank | None, Int[Array, " K"] | None]:
-    """The pages of one or two lists from the store, through the bank where there is one; (partial result, bank, pages found in it)."""
-    settings = how.attention() | {"parts": listed.count.shape[1], "more": None if more is None else tuple(more)}
-    if bank is None:
-        return page_attention(query, listed.ids, listed.count, store, scale=scale, **settings)[0], None, None
-    bank, plan = plan_bank(bank, listed.ids, listed.count, recency, needed, **settings)
-    partial, bank = page_attention(query, listed.ids, listed.count, store, scale=scale, bank=bank, plan=plan, **settings)
-    return partial, bank, plan.hits
+def _route_sketch(
+    query: Float[Array, "K G H"], fresh: FreshToken, state: LayerState, position: Array, config: HGAConfig, scale: float, how: How
+) -> tuple[Partial, LayerState, sketch_routing.Pages]:
+    """The windows attended to, the newest token in them, and the pages that it asks for: (partial result, state with both, pages)."""
+    middle = _middle(position, config)
+    scanned, state = _scan(query, fresh, state, position, middle, config, scale, how)
+    windows = scanned.windows.partial
+    found = sketch_routing.select(scanned.scores, windows.stats, state.stamps, middle, **_selection(query, state, config), **how.sketch())
+    return windows, replace(state, stamps=found.stamps), found
 
 
 def _stats(tally: Tally, places: WindowPlaces, position: Int[Array, ""], config: HGAConfig) -> Stats:
@@ -278,15 +293,17 @@ def open_token(
     how: How,
 ) -> tuple[Awaited, LayerState]:
     """The first half of `decode_token`, for a history whose pages somebody has to bring first."""
-    query, windows, state = _attend_windows(query, key, value, state, position, config, scale, how)
+    query, fresh = query.reshape(key.shape[0], -1, key.shape[1]), FreshToken(key, value, _place(position, config))
     if config.policy == "paper":
+        windows = window_attention(query, **_windows_of(state, position, config), fresh=fresh, scale=scale, **how.attention())
         found = _route_paper(query, state, position, config, how)
-        awaited = Awaited(query, windows, (PageList(found.ids, found.counts[:, :1]),), found.heads, _paper_tally(found, query))
-        return awaited, replace(state, marks=found.marks)
+        listed = PageList(found.ids, found.counts[:, :1])
+        awaited = Awaited(query, windows.partial, (listed,), found.heads, _paper_tally(found, query))
+        return awaited, replace(_with_windows(state, windows.window), marks=found.marks)
     before = carried_pages(state, position, config, how)
-    found = _route_sketch(query, windows, state, position, config, scale, how)
+    windows, state, found = _route_sketch(query, fresh, state, position, config, scale, how)
     tally = Tally(found.counts, found.counts[..., 0].sum() / query.shape[0], found.unopened)
-    return Awaited(query, windows, (before, found.fresh), None, tally), replace(state, stamps=found.stamps)
+    return Awaited(query, windows, (before, found.fresh), None, tally), state
 
 
 def finish_token(
@@ -302,6 +319,6 @@ def finish_token(
     query = awaited.query
     ids = jnp.broadcast_to(jnp.arange(pages.shape[1], dtype=jnp.int32), pages.shape[:2])
     heads = None if awaited.heads is None else awaited.heads[:, : pages.shape[1]]
-    routed, _ = page_attention(query, ids, count, pages, scale=scale, heads=heads, **how.attention())
+    routed = page_attention(query, ids, count, pages, scale=scale, heads=heads, **how.attention())
     out = merge([awaited.windows, routed], query.dtype, **how.attention()).out
     return out.reshape(-1, query.shape[2]), _stats(awaited.tally, window_places(position, config), position, config)

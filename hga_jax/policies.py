@@ -82,7 +82,7 @@ def policy_for(
             partial(list_top, config=config),
             remembers=False,
         )
-    if config.scan_pairs > head_dim // 2:
+    if config.scan_pairs != "auto" and config.scan_pairs > head_dim // 2:
         raise ValueError(f"scan_pairs={config.scan_pairs}: keys of {head_dim} coordinates have {head_dim // 2} rotary pairs")
     fits_kernels = power_of_two(config.chunk_size) and power_of_two(config.group_size) and config.chunk_size >= 16
     rotation = jnp.asarray(built_in_rotation(head_dim) if rotation is None else rotation, jnp.float32)
@@ -90,10 +90,10 @@ def policy_for(
         partial(key_sketches, chunk_size=config.chunk_size, rotation=rotation),
         partial(sketch_new_pages, rotation=rotation) if fits_kernels else None,
         partial(request_by_threshold, config=config, rotation=rotation, scale=scale),
-        partial(grant_remembered, capacity=config.page_capacity, votes=config.votes_to_keep),
+        partial(grant_remembered, config=config),
         partial(list_by_threshold, config=config, rotation=rotation, scale=scale),
         remembers=True,
-        never=never(config.votes_to_keep),
+        never=never(config.counts_votes),
     )
 
 
@@ -159,9 +159,9 @@ def list_by_threshold(
     """The sketch policy's requests and grants of all blocks of queries, screened, or scanned in some rotary pairs, where config says so."""
     ratio = query.shape[1] // pages.shape[0]
     windows = config.sink_chunks, config.local_chunks
-    rule = Rule(config.chunk_size, config.group_size, *windows, scale, votes=config.votes_to_keep, vote_share=config.vote_share)
+    rule = Rule(config.chunk_size, config.group_size, *windows, scale, votes=config.votes_for(ratio), vote_share=config.vote_share)
     screen = None
-    if config.screened(pages.shape[1] * config.group_size):
+    if config.screening == "on":
         screen = Screen(
             stride=config.screen_stride,
             request_stride=config.request_stride,
@@ -184,8 +184,9 @@ def list_by_threshold(
             return tuple(route(query, pages, keys, stamps, start, count, threshold=threshold, screen=screen, **settings))
 
         def by_pairs() -> tuple:
-            dims = choose_dims(energy, pages, config.unrouted // config.group_size, config.scan_pairs)
-            less = threshold * config.pairs_threshold_for(query.shape[-1])
+            pairs = config.pairs_for(pages.shape[1] * config.group_size, pages.shape[-1])
+            dims = choose_dims(energy, pages, config.unrouted // config.group_size, pairs)
+            less = threshold * config.pairs_threshold_for(pairs, pages.shape[-1])
             return tuple(route(query, pages, pair_keys(pages, dims), stamps, start, count, threshold=less, **settings))
 
         return by_sketches() if energy is None else lax.cond(jnp.any(energy > 0), by_pairs, by_sketches)

@@ -189,7 +189,7 @@ def _sketch(query, key, config, rope, rotation, query_start, scale):
             windows = np.flatnonzero(_window_tokens(position, config))
             wanted = np.zeros(closed * pages, bool)
             if own != votes_of:
-                kept = votes >= config.votes if own == votes_of + 1 else np.zeros_like(kept)
+                kept = votes >= config.votes_for(ratio) if own == votes_of + 1 else np.zeros_like(kept)
                 kept &= kept.cumsum() <= config.page_capacity
                 votes, votes_of = np.zeros_like(votes), own
             for n in range(k * ratio, (k + 1) * ratio):
@@ -202,11 +202,11 @@ def _sketch(query, key, config, rope, rotation, query_start, scale):
                 wanted[middle[mass >= config.threshold_for(ratio)]] = True
                 votes[middle[mass >= config.threshold_for(ratio) * config.vote_share]] += 1
             requested[t, k] = wanted
-            seen = (stamps == own) | kept if config.votes_to_keep else stamps >= own - 1
+            seen = (stamps == own) | kept if config.counts_votes else stamps >= own - 1
             room = config.page_capacity - int(seen.sum())
             fresh = np.flatnonzero(wanted & ~seen)
             refused += max(len(fresh) - room, 0)
             wanted[fresh[max(room, 0) :]] = False
             stamps[wanted] = own
-            opened[t, k * ratio : (k + 1) * ratio] = (stamps == own) | kept if config.votes_to_keep else stamps >= own - 1
+            opened[t, k * ratio : (k + 1) * ratio] = (stamps == own) | kept if config.counts_votes else stamps >= own - 1
     return opened, requested, refused

@@ -291,7 +291,7 @@ def request_by_threshold(
         return lax.dynamic_update_slice_in_dim(votes, before + fresh, begin, axis=2)
 
     first = lax.fori_loop(0, tiles, ask, varying_like(jnp.full((blocks, kv_heads, total_pages), length), query))
-    votes = lax.fori_loop(0, tiles, vote, varying_like(jnp.zeros_like(first), query)) if config.votes_to_keep else None
+    votes = lax.fori_loop(0, tiles, vote, varying_like(jnp.zeros_like(first), query)) if config.counts_votes else None
     routed_mass = jnp.where(row_live, 1 - jnp.exp(window_mass - mass_unit), 0)
     by_block = (kv_heads, blocks, ratio * length)
     scores = scores.reshape(most_tiles, *by_block, step)
@@ -304,18 +304,18 @@ def _tile_start(tile: Int[Array, "*n"], step: int, total_pages: int) -> Int[Arra
 
 
 def grant_remembered(
-    requests: PageRequests, block: Int[Array, ""], own_chunk: Int[Array, ""], stamps: Int[Array, "K P"], *, capacity: int, votes: int
+    requests: PageRequests, block: Int[Array, ""], own_chunk: Int[Array, ""], stamps: Int[Array, "K P"], *, config: HGAConfig
 ) -> Granted:
     """Pages requested by a row are open to all heads of its kv head, from that row to the end of the next chunk, as far as there is room.
 
-    Where votes count, to the end of the own chunk, and with `votes` of them to all of the next. stamps: last chunk in which each page was
+    Where votes count, to the end of the own chunk, and with enough of them to all of the next. stamps: last chunk in which each page was
     requested, or what pallas_kernels.votes says, taken and returned. Strictly causal, and the same for a block of rows as for its rows one
     by one.
     """
     first = requests.first[block]
     kv_heads, _, rows = requests.mass_unit.shape
     length = requests.length
-    capacity = min(capacity, stamps.shape[1])
+    capacity, votes = min(config.page_capacity, stamps.shape[1]), config.votes_for(rows // length)
     kept = carried = is_open(stamps, own_chunk, votes)
     if votes:  # they may keep more pages than there is room for
         carried = kept & (jnp.cumsum(kept, axis=-1) <= capacity)
@@ -323,7 +323,7 @@ def grant_remembered(
     refused = jnp.sum(((first < length) | kept) & ~carried & ~fresh)
     if votes:
         new = requests.votes[block]
-        after = stamp_of(own_chunk, kept | fresh, votes_in(stamps, own_chunk) + new)
+        after = stamp_of(own_chunk, kept | fresh, votes_in(stamps, own_chunk, votes) + new, votes)
         stamps = jnp.where(new > 0, after, stamps)
     else:
         stamps = jnp.where((first < length) & (carried | fresh), own_chunk, stamps)

@@ -1,8 +1,9 @@
 """Stamps: what is remembered of a page, one int32, and which pages are open by them.
 
 Where any request keeps a page open for the next chunk (`votes` 0), its stamp is the last chunk in which it was requested. Where votes do:
-the last chunk in which it got any, whether it was open there, how many; chunk << 10 | open << 9 | votes. Later chunks have larger stamps
-either way. Works on arrays of any shape, in XLA and inside kernels alike.
+the last chunk in which it got any, whether it was open there, how many; chunk << 10 | open << 9 | votes, counted so that ENOUGH of them
+keep the page open, however many that takes: who only asks whether a page is open need not know. Later chunks have larger stamps either
+way. Works on arrays of any shape, in XLA and inside kernels alike.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-MOST = 511  # votes that can be told apart: more than the query heads of a chunk that share a kv head ever need
-_OPEN, _SHIFT = MOST + 1, (MOST + 1).bit_length()
+ENOUGH = 256
+_MOST = 2 * ENOUGH - 1
+_OPEN, _SHIFT = _MOST + 1, (_MOST + 1).bit_length()
 NEVER = -2 << _SHIFT
 
 
@@ -21,9 +23,9 @@ def never(votes: int) -> int:
     return NEVER if votes else -2
 
 
-def stamp_of(chunk: Any, opened: Any, votes: Any) -> Any:
-    """Where votes count, the stamp of a page that got so many in a chunk and is, or is not, open there."""
-    return (chunk << _SHIFT) + jnp.where(opened, _OPEN, 0) + jnp.minimum(votes, MOST)
+def stamp_of(chunk: Any, opened: Any, cast: Any, votes: int) -> Any:
+    """The stamp of a page for which so many votes were cast in a chunk, where `votes` keep it open, and that is, or is not, open there."""
+    return (chunk << _SHIFT) + jnp.where(opened, _OPEN, 0) + jnp.minimum(cast + (ENOUGH - votes), _MOST)
 
 
 def oldest_open(own_chunk: Any, votes: int) -> Any:
@@ -34,13 +36,14 @@ def oldest_open(own_chunk: Any, votes: int) -> Any:
 def is_open(stamps: Any, own_chunk: Any, votes: int, more: Any = 0) -> Any:
     """Whether a page is open to a query of `own_chunk` before it asks: opened in this chunk, or kept by the one before.
 
-    more: votes of the chunk before that the stamps do not know of.
+    votes: how many keep it open, 0: any request does. Without `more`, votes of the chunk before that the stamps do not know of, any number
+    above 0 says the same.
     """
     if not votes:
         return stamps >= own_chunk - 1
-    return (((stamps >> _SHIFT) == own_chunk) & ((stamps & _OPEN) > 0)) | (votes_in(stamps, own_chunk - 1) + more >= votes)
+    return (((stamps >> _SHIFT) == own_chunk) & ((stamps & _OPEN) > 0)) | (votes_in(stamps, own_chunk - 1, votes) + more >= votes)
 
 
-def votes_in(stamps: Any, chunk: Any) -> Any:
-    """The votes that pages got in `chunk`, the last or any later one."""
-    return jnp.where((stamps >> _SHIFT) == chunk, stamps & MOST, 0)
+def votes_in(stamps: Any, chunk: Any, votes: int) -> Any:
+    """The votes that pages got in `chunk`, the last or any later one, where `votes` keep a page open."""
+    return jnp.where((stamps >> _SHIFT) == chunk, (stamps & _MOST) - (ENOUGH - votes), 0)

@@ -11,7 +11,7 @@ from hga_jax.rope import rotate
 from hga_jax.sketches import built_in_rotation
 
 ROPE = RopeConfig(10000.0)
-SKETCH = HGAConfig(chunk_size=16, group_size=4, sink_chunks=1, local_chunks=2, policy="sketch", threshold=0.02)
+SKETCH = HGAConfig(chunk_size=16, group_size=4, sink_chunks=1, local_chunks=2, policy="sketch", threshold=0.02, votes=0)
 PAPER = HGAConfig(chunk_size=16, group_size=4, sink_chunks=1, local_chunks=2, policy="paper", top_chunks=3, top_groups=8)
 
 

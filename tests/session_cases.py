@@ -13,7 +13,7 @@ from hga_jax.language_model import LanguageModel
 from hga_jax.model import Decoder
 from hga_jax.session import Session
 
-HGA = HGAConfig(chunk_size=8, group_size=4, sink_chunks=1, local_chunks=2, threshold=0.01)  # blocks of 128 tokens
+HGA = HGAConfig(chunk_size=8, group_size=4, sink_chunks=1, local_chunks=2, threshold=0.01, votes=0)  # blocks of 128 tokens
 CTX = 512
 TURNS = 12  # of a conversation that is killed
 

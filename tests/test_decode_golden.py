@@ -10,6 +10,7 @@ import pytest
 
 from pallas_kernels import routed_decode_attention as decode
 from pallas_kernels import sketch_routing as sketch
+from pallas_kernels.sketch_decode import scan_beside_windows
 
 GOLDEN = Path(__file__).parent / "golden" / "hga" / "sketch_small_pages.npz"
 
@@ -36,7 +37,7 @@ def test_every_token_sees_the_golden_keys(run):
 
     how = {"implementation": "xla" if run == "xla" else "pallas", "interpret": run == "interpret"}
     routing = sketch.Config(unpack="arithmetic" if run == "interpret" else "asm", scan_programs=4)
-    attention = decode.Config(window_splits=4, splits=8, tile_pages=4)
+    attention = decode.Config(beside_splits=4, splits=8, tile_pages=4)
 
     @jax.jit
     def step(token, query, stamps):
@@ -46,15 +47,17 @@ def test_every_token_sees_the_golden_keys(run):
         used = jnp.where(slot < sinks * in_chunk, slot < first, page < (own + 1) * in_chunk)
         valid = jnp.where(used, jnp.clip(token + 1 - page * group, 0, group), 0)
         window = store[:, jnp.clip(page, 0, store.shape[1] - 1)]
-        part, _ = decode.window_attention(query, window, valid, scale=scale, config=attention, **how)
-        columns = sketch.query_columns(query, jnp.asarray(rotation), **how)
+        middle = sketch.middle_of(own, (token + 1) // chunk, sinks, local)
+        prepared = sketch.prepare(query, jnp.asarray(rotation), means, middle, **how)
+        scores, (part, _), _ = scan_beside_windows(
+            query, prepared, codes, scales, middle, window, valid, scale=scale, scan_config=routing, config=attention, **how
+        )
         carried = sketch.carried_pages(stamps, own, capacity=128, config=routing, **how)
-        old, _ = decode.page_attention(query, *carried, store, scale=scale, parts=carried.count.shape[1], config=attention, **how)
-        pages = sketch.sketch_routing(
-            columns, means, codes, scales, stamps, part.stats, own, (token + 1) // chunk, sink_chunks=sinks, local_chunks=local,
-            group_size=group, threshold=meta["threshold"], capacity=128, scale=scale, config=routing, **how,
-        )  # fmt: skip
-        new, _ = decode.page_attention(query, *pages.fresh, store, scale=scale, parts=carried.count.shape[1], config=attention, **how)
+        old = decode.page_attention(query, *carried, store, scale=scale, parts=carried.count.shape[1], config=attention, **how)
+        pages = sketch.select(
+            scores, part.stats, stamps, middle, pages_per_chunk=in_chunk, threshold=meta["threshold"], capacity=128, config=routing, **how
+        )
+        new = decode.page_attention(query, *pages.fresh, store, scale=scale, parts=carried.count.shape[1], config=attention, **how)
         out = decode.merge([part, old, new], jnp.float32, config=attention, **how).out
         return out, pages.stamps, pages.counts[..., 0].sum(1) * group + valid.sum()
 

@@ -23,7 +23,7 @@ def load(name, policy):
     data = np.load(GOLDEN / f"{name}.npz")
     meta = json.loads(str(data["meta"]))
     fields = ("chunk_size", "group_size", "sink_chunks", "local_chunks", "top_chunks", "top_groups", "threshold")
-    config = HGAConfig(policy=policy, **{field: meta[field] for field in fields if field in meta})
+    config = HGAConfig(policy=policy, votes=0, **{field: meta[field] for field in fields if field in meta})
     return {key: data[key] for key in data.files}, meta, config, RopeConfig(meta["rope_theta"])
 
 

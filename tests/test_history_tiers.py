@@ -43,10 +43,10 @@ def decoded(decoder, backend, token, position, states, count):
     )  # fmt: skip
 
 
-VOTES = {"votes": 6, "vote_share": 0.2}
+REQUESTS, VOTES = {"votes": 0}, {"votes": 6, "vote_share": 0.2}
 
 
-@pytest.mark.parametrize(("policy", "rule"), [("sketch", {}), ("sketch", VOTES), ("paper", {})], ids=["sketch", "votes", "paper"])
+@pytest.mark.parametrize(("policy", "rule"), [("sketch", REQUESTS), ("sketch", VOTES), ("paper", {})], ids=["sketch", "votes", "paper"])
 def test_every_tier_writes_the_same_text(decoder, policy, rule):
     """132 tokens across nine chunk closings, a second prompt on top, then more."""
     rng = np.random.default_rng(0)
@@ -69,17 +69,18 @@ def test_every_tier_writes_the_same_text(decoder, policy, rule):
         assert 0 < totals["bank"].bank_hits < totals["bank"].bank_requests
 
 
-@pytest.mark.parametrize("rule", [{}, VOTES], ids=["requests", "votes"])
-def test_kernels_give_the_same_outputs(rule):
-    """The kernels, interpreted, over the host tier: one layer's outputs for ten tokens across a chunk closing."""
-    config = HGAConfig(**SMALL, **rule)
-    plain, operations, kernels = (
-        HGAAttention(config, **how) for how in ({}, {"tier": "host"}, {"tier": "host", "implementation": "interpret"})
-    )
+@pytest.mark.parametrize("tier", ["device", "host", "bank"])
+@pytest.mark.parametrize("rule", [REQUESTS, VOTES], ids=["requests", "votes"])
+def test_kernels_give_the_same_outputs(rule, tier):
+    """The kernels, interpreted, over every tier: one layer's outputs for ten tokens across a chunk closing."""
+    config, how = HGAConfig(**SMALL, **rule), TIERS[tier]
+    plain, operations, kernels = (HGAAttention(config, **how) for how in ({}, how, how | {"implementation": "interpret"}))
     rng = np.random.default_rng(1)
     q, k, v = (jnp.asarray(rng.standard_normal((90, n, 16)), jnp.float32) for n in (4, 2, 2))
-    _, done, _ = jax.jit(plain.prefill)(q[:75], k[:75], v[:75], plain.init_state(96, 2, 16, jnp.float32), jnp.int32(75))
-    state, _ = operations.unload(operations.init_state(96, 2, 16, jnp.float32), done, 0, 75, 96)
+    _, state, _ = jax.jit(plain.prefill)(q[:75], k[:75], v[:75], plain.init_state(96, 2, 16, jnp.float32), jnp.int32(75))
+    if tier != "device":
+        state, _ = operations.unload(operations.init_state(96, 2, 16, jnp.float32), state, 0, 75, 96)
+    [state] = operations.before_decoding((state,))
     outputs = []
     for backend in (operations, kernels):
         after, step, settle = state, jax.jit(backend.decode), jax.jit(backend.settle)
@@ -140,27 +141,30 @@ def test_summaries_on_the_host_need_the_host_tier():
         HGAAttention(HGAConfig(), host_summaries=4)
 
 
-def teacher_forced(decoder, backend, tokens, position, states):
-    """Float32 logits after each of `tokens`, fed one by one."""
+def teacher(decoder, backend):
+    """A function of tokens, the first one's position and states: float32 logits after each token, fed one by one."""
 
     @jax.jit
     def step(token, position, states):
         logits, states, _ = programs.decode_step(decoder, token, position, states, backend)
         return logits, states
 
-    settle = jax.jit(lambda states, held: tuple(backend.settle(state, held) for state in states))
-    start, finish = (
+    start, settle, finish = (
         jax.jit(lambda states, held, one=one: tuple(one(state, held) for state in states))
-        for one in (backend.start_decoding, backend.finish_decoding)
+        for one in (backend.start_decoding, backend.settle, backend.finish_decoding)
     )
-    states, logits = start(states, jnp.int32(position)), []
-    for held, token in enumerate(tokens, position + 1):
-        out, states = step(jnp.int32(token), jnp.int32(held - 1), states)
-        logits.append(np.asarray(out))
-        if held % backend.settle_every == 0:
-            states = settle(states, jnp.int32(held))
-    finish(states, jnp.int32(position + len(tokens)))
-    return np.stack(logits)
+
+    def forced(tokens, position, states):
+        states, logits = start(states, jnp.int32(position)), []
+        for held, token in enumerate(tokens, position + 1):
+            out, states = step(jnp.int32(token), jnp.int32(held - 1), states)
+            logits.append(np.asarray(out))
+            if held % backend.settle_every == 0:
+                states = settle(states, jnp.int32(held))
+        finish(states, jnp.int32(position + len(tokens)))
+        return np.stack(logits)
+
+    return forced
 
 
 @pytest.mark.gpu
@@ -169,7 +173,8 @@ def test_300_tokens_on_a_gpu(policy):
     """Two layers in bfloat16: kernels over the device, the host, a bank, and with summaries on the host, beside the XLA operations.
 
     bfloat16 has 8 bits, and two layers of differently ordered sums give logits that differ by half a per cent or so. The same pages must
-    be open: a page that only one of two runs opens moves single logits by far more.
+    be open: a page that only one of two runs opens moves single logits by far more. So none may be refused, for who comes first is then a
+    matter of rounding: random weights ask for most of 64,000 tokens by the default threshold.
     """
     if jax.default_backend() != "gpu":
         pytest.skip("needs a CUDA GPU")
@@ -177,20 +182,23 @@ def test_300_tokens_on_a_gpu(policy):
         model_type="llama", vocab_size=512, hidden_size=256, layers=2, heads=8, kv_heads=2, head_dim=64, mlp_size=256, native_context=2**17
     )  # fmt: skip
     decoder, rng = Decoder(model, jnp.bfloat16), np.random.default_rng(3)
-    tokens = rng.integers(0, 512, 300)
-    for prompt in (50, 700, 5000, 64000):
-        ids, logits = rng.integers(0, 512, prompt), {}
-        for name, how in {"xla": {"implementation": "xla"}, **TIERS}.items():
-            if policy == "paper" and name == "bank":
-                continue
-            backend = HGAAttention(HGAConfig(policy=policy), model.rope, **how)
+    tokens, prompts = rng.integers(0, 512, 300), [rng.integers(0, 512, length) for length in (50, 700, 5000, 64000)]
+    logits = {}
+    for name, how in {"xla": {"implementation": "xla"}, **TIERS}.items():
+        if policy == "paper" and name == "bank":
+            continue
+        backend = HGAAttention(HGAConfig(policy=policy, threshold=0.03), model.rope, **how)
+        forced = teacher(decoder, backend)
+        for ids in prompts:
             *_, last = programs.prefill_blocks(decoder, ids, programs.new_states(decoder, backend, 64320, jnp.bfloat16), backend)
-            logits[name] = teacher_forced(decoder, backend, tokens, prompt, backend.before_decoding(last.states))
-        for name, found in logits.items():
-            error = np.linalg.norm(found - logits["xla"], axis=-1) / np.linalg.norm(logits["xla"], axis=-1)
-            same = np.mean(found.argmax(-1) == logits["xla"].argmax(-1))
-            figures = f"relative error median {np.median(error):.1e} max {error.max():.1e}, same argmax {same:.3f}"
-            print(f"{policy}, {prompt} tokens, {name}: {figures}")
-            assert np.median(error) <= 1e-2, (prompt, name, figures)
-            assert error.max() <= 5e-2, (prompt, name, figures)
-            assert same >= 0.95, (prompt, name, figures)
+            assert last.stats.refused == 0
+            logits[name, len(ids)] = forced(tokens, len(ids), backend.before_decoding(last.states))
+    for (name, prompt), found in logits.items():
+        expected = logits["xla", prompt]
+        error = np.linalg.norm(found - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
+        same = np.mean(found.argmax(-1) == expected.argmax(-1))
+        figures = f"relative error median {np.median(error):.1e} max {error.max():.1e}, same argmax {same:.3f}"
+        print(f"{policy}, {prompt} tokens, {name}: {figures}")
+        assert np.median(error) <= 1e-2, (prompt, name, figures)
+        assert error.max() <= 5e-2, (prompt, name, figures)
+        assert same >= 0.95, (prompt, name, figures)

@@ -14,7 +14,7 @@ from hga_jax.config import HGAConfig
 from hga_jax.listed import attend_listed
 from hga_jax.policies import policy_for
 
-CONFIG = HGAConfig(chunk_size=16, group_size=4, sink_chunks=1, local_chunks=1, threshold=0.02)
+CONFIG = HGAConfig(chunk_size=16, group_size=4, sink_chunks=1, local_chunks=1, threshold=0.02, votes=0)
 
 
 def tensors(tokens, heads=4, kv_heads=2, head_dim=16, seed=0):
@@ -53,14 +53,15 @@ def both(config, pieces, tokens=200, implementation="xla"):
     return results
 
 
-def compare(block_by_block, at_once):
-    for (out, visible, stamps, stats), (out_2, visible_2, stamps_2, stats_2) in zip(block_by_block, at_once, strict=True):
+def compare(expected, found, unopened=0.3):
+    """unopened: how far that figure may be off, which page lists estimate from every fourth query."""
+    for (out, visible, stamps, stats), (out_2, visible_2, stamps_2, stats_2) in zip(expected, found, strict=True):
         np.testing.assert_array_equal(visible_2, visible)
         np.testing.assert_array_equal(stamps_2, stamps)
         np.testing.assert_allclose(out_2, out, atol=2e-5)
         for field in fields(stats):
-            if field.name == "unopened":  # by page lists from every fourth query
-                np.testing.assert_allclose(stats_2.unopened, stats.unopened, rtol=0.3)
+            if field.name == "unopened":
+                np.testing.assert_allclose(stats_2.unopened, stats.unopened, rtol=unopened)
                 continue
             np.testing.assert_allclose(getattr(stats_2, field.name), getattr(stats, field.name), rtol=1e-4, atol=1e-3, err_msg=field.name)
 
@@ -79,8 +80,8 @@ def test_prompt_in_two_calls_that_meet_inside_a_chunk(voting):
 @pytest.mark.gpu
 def test_kernels_on_a_gpu():
     with jax.default_matmul_precision("highest"):  # XLA's own default on these GPUs has 10 bits
-        compare(*both(CONFIG, [(120, 107), (120, 93)], implementation="pallas"))
-        compare(*both(replace(CONFIG, page_capacity=5), [(200, 200)], implementation="pallas"))
+        for case in ((CONFIG, [(120, 107), (120, 93)]), (replace(CONFIG, page_capacity=5), [(200, 200)])):
+            compare(both(*case)[1], both(*case, implementation="pallas")[1], unopened=1e-3)
 
 
 def paper_golden(name, implementation):

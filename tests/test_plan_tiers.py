@@ -36,7 +36,8 @@ def test_a_million_tokens_are_counted_exactly():
     page_bytes = 4 * TOKENS * 2 * 128 * 2  # kv heads, tokens, K and V, head dim, bfloat16: of one layer
     assert plan.history == plan.host == 2 * page_bytes
     assert plan.working == page_bytes
-    assert plan.summaries == pytest.approx(2 * 4 * TOKENS * (32 + 2 + 128 * 2 / 64 + 4 / 16), rel=1e-6)  # codes, scale, mean, stamp
+    energies = 2 * 4 * 128 / 2 * 4  # of the first queries, by rotary pair
+    assert plan.summaries == pytest.approx(2 * 4 * TOKENS * (32 + 2 + 128 * 2 / 64 + 4 / 16) + energies)  # codes, scale, mean, stamp
     assert plan.bank == pytest.approx(2 * 4 * TOKENS / 16 / 8 * (2 * 16 * 128 * 2 + 4) + 2 * 4 * TOKENS / 16 * 4)  # an eighth, and tables
     assert plan.windows == 2 * 4 * 11 * 64 * 2 * 128 * 2
     lasting = plan.weights + plan.windows

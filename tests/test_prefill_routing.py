@@ -13,12 +13,13 @@ from pallas_kernels.sketch_prefill_routing import Config, Rule, Screen, Tile, ro
 from pallas_kernels.sketch_prefill_routing.keys import PageKeys, page_statistics, sketched_keys
 from pallas_kernels.sketch_prefill_routing.pairs import choose_dims, pair_keys, query_energy
 from pallas_kernels.sketch_prefill_routing.reference import reference_route
+from pallas_kernels.sketch_prefill_routing.scan import asked_for
 from pallas_kernels.sketch_prefill_routing.sketches import sketch_pages, unsketch
 from pallas_kernels.sketch_routing import sketch_chunks
 from pallas_kernels.votes import stamp_of
 
 RUNS = ["xla", "interpret", pytest.param("native", marks=pytest.mark.gpu)]
-SMALL = Config(rows=16, means=Tile(16, 4, 1), tokens=Tile(16, 4, 1), list_pages=16)
+SMALL = Config(rows=16, means=Tile(16, 4, 1), tokens=Tile(32, 4, 1), list_pages=16)
 CHUNK, GROUP = 16, 4
 
 
@@ -84,7 +85,7 @@ def run_route(run, data, first, count, stamps, screen=None, capacity=64, thresho
 def check(run, data, first, count, stamps, screen=None, capacity=64, threshold=0.03, votes=REQUESTS):
     """stamps: with votes, the three numbers of the reference."""
     query, keys, sketched, _ = data
-    packed = stamp_of(*stamps) if votes.votes else stamps
+    packed = stamp_of(*stamps, votes.votes) if votes.votes else stamps
     lists = run_route(run, data, first, count, packed, screen, capacity, threshold, votes)
     numbers = {"scale": query.shape[2] ** -0.5, "threshold": threshold, "capacity": capacity}
     shape = {"chunk_size": CHUNK, "group_size": GROUP, "sink_chunks": 1, "local_chunks": 1}
@@ -95,7 +96,7 @@ def check(run, data, first, count, stamps, screen=None, capacity=64, threshold=0
     )
     assert closest > 1e-5, "pick another seed: float32 may decide otherwise"
     assert listed(lists, len(keys), first, count) == expected
-    np.testing.assert_array_equal(lists.stamps, stamp_of(*after) if votes.votes else after)
+    np.testing.assert_array_equal(lists.stamps, stamp_of(*after, votes.votes) if votes.votes else after)
     assert int(lists.refused) == refused
     np.testing.assert_allclose(lists.unopened, unopened, rtol=1e-4, atol=1e-4)
     return expected, refused
@@ -199,7 +200,7 @@ def test_scan_by_rotary_pairs(run, first, heads, kv_heads, head_dim, pairs, vote
     rule = dataclasses.replace(rule_of(head_dim), **votes._asdict())
     rules = {"rule": rule, "threshold": 0.03, "capacity": 64, **settings(run)}
     call = jax.jit(lambda q, p, d, *rest: route(q, p, pair_keys(p, d), *rest, **rules))
-    packed = stamp_of(*stamps) if votes.votes else stamps
+    packed = stamp_of(*stamps, votes.votes) if votes.votes else stamps
     lists = call(jnp.asarray(query), pages, jnp.asarray(dims), jnp.asarray(packed), jnp.int32(first), jnp.int32(count))
     expected, after, _, unopened, closest = reference_route(
         query, keys, by_pairs(keys, dims), stamps, first, count, chunk_size=CHUNK, group_size=GROUP, sink_chunks=1, local_chunks=1,
@@ -208,7 +209,7 @@ def test_scan_by_rotary_pairs(run, first, heads, kv_heads, head_dim, pairs, vote
     assert closest > 1e-5, "pick another seed: float32 may decide otherwise"
     assert listed(lists, kv_heads, first, count) == expected
     assert 0 < np.mean([len(seen) for seen in expected[0].values()]) < 20
-    np.testing.assert_array_equal(lists.stamps, stamp_of(*after) if votes.votes else after)
+    np.testing.assert_array_equal(lists.stamps, stamp_of(*after, votes.votes) if votes.votes else after)
     np.testing.assert_allclose(lists.unopened, unopened, rtol=1e-4, atol=1e-4)
 
 
@@ -230,6 +231,15 @@ def test_pairs_are_chosen_by_the_energies_of_the_first_queries_and_keys():
     best = np.sort(np.argsort(-products, axis=1)[:, :3], axis=1)
     dims = choose_dims(energy, jnp.asarray(np.stack([pages, pages], axis=2), jnp.float32), 16, 3)
     np.testing.assert_array_equal(dims, np.concatenate([best, best + 8], axis=1))
+
+
+@pytest.mark.parametrize(("rows", "pages"), [(128, 64), (16, 32), (256, 64), (64, 16)])
+def test_pages_that_some_row_asks_for(rows, pages):
+    """From nobody to all rows."""
+    asking = np.random.default_rng(0).random((rows, pages)) < 2 / rows
+    asking[:, [1, pages - 1]], asking[:, 8] = True, False
+    np.testing.assert_array_equal(asked_for(jnp.asarray(asking)), asking.any(0))
+    assert 0.2 < asking.any(0).mean() < 1
 
 
 def test_sketched_keys_are_what_the_sketches_say():

@@ -1,4 +1,4 @@
-"""Decode attention over windows, routed pages and the bank: kernels and XLA twin against float64 numpy."""
+"""Decode attention over windows and routed pages: kernels and XLA twin against float64 numpy."""
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +57,7 @@ def test_windows_and_pages(run, heads, head_dim, dtype):
     ids, counts = page_list(listed, 24)
     scale = head_dim**-0.5
     part, *_ = decode.window_attention(query, window, jnp.asarray(valid), scale=scale, **how)
-    more, _ = decode.page_attention(query, ids, counts, store, scale=scale, **how)
+    more = decode.page_attention(query, ids, counts, store, scale=scale, **how)
     out = decode.merge([part, more], dtype, **how).out
     assert out.dtype == dtype
     expected = reference_attention(query, window, valid, store, listed, None, scale)
@@ -71,7 +71,7 @@ def test_no_pages_and_all_pages(run, listed):
     query, window, valid, store = problem(2, 4, 64, pages=9, group=16, windows=1, dtype=np.float32)
     ids, counts = page_list(listed, 9)
     part, *_ = decode.window_attention(query, window, jnp.asarray(valid), scale=0.125, **how)
-    more, _ = decode.page_attention(query, ids, counts, store, scale=0.125, **how)
+    more = decode.page_attention(query, ids, counts, store, scale=0.125, **how)
     expected = reference_attention(query, window, valid, store, listed, None, 0.125)
     np.testing.assert_allclose(decode.merge([part, more], np.float32, **how).out, expected, atol=1e-5)
     alone = reference_attention(query, window, 0 * valid, store, listed, None, 0.125)
@@ -79,21 +79,19 @@ def test_no_pages_and_all_pages(run, listed):
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_two_lists_in_parts(run):
-    """Pages of two lists of three parts each, some empty, some full."""
+def test_a_list_in_parts(run):
+    """Three parts, one empty, one full."""
     how, rng = settings(run), np.random.default_rng(3)
     query, window, valid, store = problem(2, 4, 64, pages=30, group=8, windows=3, dtype=np.float32)
-    lists, listed = [], [[], []]
-    for pages in (range(15), range(15, 30)):
-        ids, counts = np.full((2, 12), 2**20, np.int32), np.zeros((2, 3), np.int32)  # what lies beyond the counts must not matter
-        for k in range(2):
-            for part, count in enumerate(rng.permutation([0, 2, 4])):
-                chosen = rng.permutation([page for page in pages if page % 3 == part])[:count]
-                ids[k, 4 * part : 4 * part + count], counts[k, part] = chosen, count
-                listed[k] += list(chosen)
-        lists.append((jnp.asarray(ids), jnp.asarray(counts)))
+    listed = [[], []]
+    ids, counts = np.full((2, 12), 2**20, np.int32), np.zeros((2, 3), np.int32)  # what lies beyond the counts must not matter
+    for k in range(2):
+        for part, count in enumerate(rng.permutation([0, 2, 4])):
+            chosen = rng.permutation([page for page in range(30) if page % 3 == part])[:count]
+            ids[k, 4 * part : 4 * part + count], counts[k, part] = chosen, count
+            listed[k] += list(chosen)
     part, *_ = decode.window_attention(query, window, jnp.asarray(valid), scale=0.125, **how)
-    routed, _ = decode.page_attention(query, *lists[0], store, more=lists[1], parts=3, scale=0.125, **how)
+    routed = decode.page_attention(query, jnp.asarray(ids), jnp.asarray(counts), store, parts=3, scale=0.125, **how)
     expected = reference_attention(query, window, valid, store, listed, None, 0.125)
     np.testing.assert_allclose(decode.merge([part, routed], np.float32, **how).out, expected, atol=1e-5)
 
@@ -107,7 +105,7 @@ def test_each_head_sees_its_own_pages(run):
     heads = [{page: {n for n in range(7) if bits[k, i] >> n & 1} for i, page in enumerate(listed[k])} for k in range(2)]
     ids, counts = page_list(listed, 32)
     part, *_ = decode.window_attention(query, window, jnp.asarray(valid), scale=0.125, **how)
-    more, _ = decode.page_attention(query, ids, counts, store, scale=0.125, heads=jnp.asarray(bits), **how)
+    more = decode.page_attention(query, ids, counts, store, scale=0.125, heads=jnp.asarray(bits), **how)
     expected = reference_attention(query, window, valid, store, listed, heads, 0.125)
     np.testing.assert_allclose(decode.merge([part, more], np.float32, **how).out, expected, atol=1e-5)
 
@@ -128,43 +126,6 @@ def test_the_newest_token_joins_the_windows(run):
     there = expected[:, np.array([7, 2, 5])]
     expected = reference_attention(query, there, valid[[0, 2, 3]], store, [[], []], None, 0.125)
     np.testing.assert_allclose(decode.merge([part], np.float32, **how).out, expected, atol=1e-5)
-
-
-@pytest.mark.parametrize("run", RUNS)
-@pytest.mark.parametrize(("slots", "lists"), [(5, 1), (16, 1), (16, 2), (40, 1)])
-def test_bank_keeps_the_pages_used_last(run, slots, lists):
-    """Twelve steps of drifting requests: outputs exact, tables consistent, the pages that stay are the most recent ones."""
-    how, rng = settings(run), np.random.default_rng(5)
-    query, window, valid, store = problem(2, 4, 64, pages=50, group=8, windows=2, dtype=np.float32)
-    bank = decode.Bank(jnp.zeros((2, slots, 2, 8, 64)), jnp.full((2, 50), -1, jnp.int32), jnp.full((2, slots), -1, jnp.int32))
-    recency = np.full((2, 50), -2, np.int32)
-    part, *_ = decode.window_attention(query, window, jnp.asarray(valid), scale=0.125, **how)
-    for now in range(1, 13):
-        held = np.asarray(bank.slot_page)
-        listed = [sorted(rng.permutation(np.arange(2 * now, 2 * now + 14))[: rng.integers(0, 11)]) for _ in range(2)]
-        for k in range(2):
-            recency[k, listed[k]] = now
-        ids, counts = page_list([pages[::lists] for pages in listed], 12)
-        second = page_list([pages[1::2] for pages in listed], 12) if lists == 2 else None
-        bank, plan = decode.plan_bank(bank, ids, counts, jnp.asarray(recency), jnp.int32(now), more=second, **how)
-        more, bank = decode.page_attention(query, ids, counts, store, scale=0.125, more=second, bank=bank, plan=plan, **how)
-        expected = reference_attention(query, window, valid, store, listed, None, 0.125)
-        np.testing.assert_allclose(decode.merge([part, more], np.float32, **how).out, expected, atol=1e-5)
-        pages, page_slot, slot_page = (np.asarray(x) for x in (bank.pages, bank.page_slot, bank.slot_page))
-        for k in range(2):
-            before, after = set(held[k]) - {-1}, set(slot_page[k]) - {-1}
-            assert int(plan.hits[k]) == len(before & set(listed[k]))
-            assert len(after) == min(slots, len(before | set(listed[k])))
-            assert after <= before | set(listed[k])
-            if len(listed[k]) <= slots:
-                assert set(listed[k]) <= after
-                lost, kept_old = before - after, after - set(listed[k])
-                assert not lost or not kept_old or recency[k, list(lost)].max() <= recency[k, list(kept_old)].min()
-            for slot, page in enumerate(slot_page[k]):
-                if page >= 0:
-                    assert page_slot[k, page] == slot
-                    np.testing.assert_array_equal(pages[k, slot], store[k, page])
-            assert (page_slot[k] >= 0).sum() == len(after)
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -190,7 +151,7 @@ def test_host_pages_are_read_and_written_in_place():
     ids, counts = page_list(listed, 128)
 
     def attend(store, query, ids, counts):
-        return decode.page_attention(query, ids, counts, store, scale=0.1, implementation="pallas")[0]
+        return decode.page_attention(query, ids, counts, store, scale=0.1, implementation="pallas")
 
     program = jax.jit(attend, in_shardings=(host, device, device, device), out_shardings=device)
     store_host = jax.device_put(store, host)

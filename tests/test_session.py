@@ -176,7 +176,7 @@ def test_scan_by_pairs_goes_on_by_sketches(model, tmp_path):
         for state, pages in zip(session._states, before, strict=True):
             assert not np.any(state.energy)
             np.testing.assert_array_equal(state.history.pages[:, :30], pages)
-    with pytest.raises(ValueError, match=r"attention scan_pairs 2 \(now None\)"):
+    with pytest.raises(ValueError, match=r"attention scan_pairs 2 \(now auto\)"):
         model.session(tmp_path / "a", ctx=CTX, hga=HGA)
 
 

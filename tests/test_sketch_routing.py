@@ -10,8 +10,9 @@ from pallas_kernels.sketch_routing import (
     append_sketch,
     carried_pages,
     list_shape,
+    middle_of,
     pack_codes,
-    query_columns,
+    prepare,
     sketch_chunks,
     sketch_routing,
     unpack_codes,
@@ -60,19 +61,18 @@ def check(run, query, rotation, means, codes, scales, stamps, window, window_sco
     voting = {"votes": votes, "vote_share": rules.pop("vote_share", 1.0)}
 
     def still_open(stamps, chunk):
-        return np.asarray(is_open(stamp_of(*stamps), chunk, votes)) if votes else stamps >= chunk - 1
+        return np.asarray(is_open(stamp_of(*stamps, votes), chunk, votes)) if votes else stamps >= chunk - 1
 
     rotated = (query.astype(np.float64) @ rotation).astype(np.float32)
     how = settings(run, **(config or {}))
-    plain = {"implementation": how["implementation"], "interpret": how.get("interpret", False)}
 
     @jax.jit
     def route(query, rotation, stamps, *arrays):
         before = carried_pages(stamps, jnp.int32(own), capacity=rules["capacity"], votes=votes, **how)
-        columns, chunks = query_columns(query, rotation, **plain), (jnp.int32(own), jnp.int32(own + closes))
-        return before, sketch_routing(columns, *arrays[:3], stamps, arrays[3], *chunks, **rules, **voting, **how)
+        now = jnp.int32(own), jnp.int32(own + closes)
+        return before, sketch_routing(query, rotation, *arrays[:3], stamps, arrays[3], *now, **rules, **voting, **how)
 
-    before, out = route(query, rotation, stamp_of(*stamps) if votes else stamps, means, codes, scales, window)
+    before, out = route(query, rotation, stamp_of(*stamps, votes) if votes else stamps, means, codes, scales, window)
     parts, room = list_shape(data_stamps.shape[-1], rules["capacity"])
     exact = {name: value for name, value in rules.items() if name != "capacity"} | {"parts": parts, "room": room}
     stamps, listed, refused, masses = reference_routing(
@@ -91,7 +91,7 @@ def check(run, query, rotation, means, codes, scales, stamps, window, window_sco
         opened = np.isin(np.arange(data_stamps.shape[-1]), listed[k])
         np.testing.assert_allclose(out.unopened[k].sum(0), masses[k][:, ~opened].sum(-1), atol=1e-5)
         assert int(out.counts[k, :, 0].sum()) == len(listed[k])
-    np.testing.assert_array_equal(out.stamps, stamp_of(*stamps) if votes else stamps)
+    np.testing.assert_array_equal(out.stamps, stamp_of(*stamps, votes) if votes else stamps)
     np.testing.assert_array_equal(out.counts[..., 1].sum(1), refused)
     return listed
 
@@ -142,12 +142,12 @@ def test_chunks_of_64_and_groups_of_16(run, dtype):
 
 @pytest.mark.parametrize("run", RUNS)
 def test_full_lists_refuse_new_requests_in_page_order(run):
-    """Room for one page in each of 16 lists and two that want it, p and p + 16: the lower one gets it unless the other was there before."""
-    data = problem(2, 3, 64, chunks=13, chunk=16, group=4, seed=1)
-    stamps = jnp.where(jnp.isin(jnp.arange(52), jnp.array([25, 36])), 11, -2) * jnp.ones((2, 1), jnp.int32)
-    rules = {"sink_chunks": 2, "local_chunks": 2, "group_size": 4, "threshold": 1e-12, "capacity": 8, "scale": 0.125}
-    listed = check(run, *data[:5], stamps, *data[6:], own=12, config={"select_pages": 2}, **rules)
-    assert listed == [sorted({*range(8, 24), 25, 36} - {9, 20})] * 2
+    """Room for one page in each of 32 lists and two that want it, p and p + 32: the lower one gets it unless the other was there before."""
+    data = problem(2, 3, 64, chunks=25, chunk=16, group=4, seed=1)
+    stamps = jnp.where(jnp.isin(jnp.arange(100), jnp.array([25, 42])), 19, -2) * jnp.ones((2, 1), jnp.int32)
+    rules = {"sink_chunks": 2, "local_chunks": 2, "group_size": 4, "threshold": 1e-12, "capacity": 16, "scale": 0.125}
+    listed = check(run, *data[:5], stamps, *data[6:], own=20, config={"select_pages": 2}, **rules)
+    assert listed == [sorted({*range(8, 40), 25, 42} - {10})] * 2
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -166,17 +166,21 @@ def test_a_tiny_threshold_opens_everything(run):
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_query_columns_are_exact_halves(run):
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_the_scan_is_given_exact_halves_and_chunk_scores(run, dtype):
     how, rng = settings(run), np.random.default_rng(2)
     rotation = np.linalg.qr(rng.standard_normal((80, 80)))[0].astype(np.float32)
-    query = jnp.asarray(rng.standard_normal((2, 3, 80)), jnp.bfloat16)
-    columns = query_columns(query, jnp.asarray(rotation), implementation=how["implementation"], interpret=how.get("interpret", False))
+    query, means = jnp.asarray(rng.standard_normal((2, 3, 80)), dtype), jnp.asarray(rng.standard_normal((2, 70, 80)), dtype)
+    middle = middle_of(jnp.int32(69), jnp.int32(69), 2, 3)
+    plain = {"implementation": how["implementation"], "interpret": how.get("interpret", False)}
+    prepared = prepare(query, jnp.asarray(rotation), means, middle, **plain)
     exact = np.asarray(query, np.float64)
-    for found, expected, bits in ((columns.direct, exact, 16), (columns.rotated, exact @ rotation, 19)):
-        high, low = np.split(np.asarray(found, np.float64), 2, axis=-1)
-        np.testing.assert_allclose((high + low)[..., :3].swapaxes(1, 2), expected, atol=8 * 2.0**-bits)
-        assert not high[..., 3:].any()
-        assert not low[..., 3:].any()
+    high, low = np.split(np.asarray(prepared.rotated, np.float64), 2, axis=1)
+    np.testing.assert_allclose((high + low)[:, :3], exact @ rotation, atol=8 * 2.0**-19)
+    assert not high[:, 3:].any()
+    assert not low[:, 3:].any()
+    expected = np.asarray(means, np.float64) @ exact.swapaxes(1, 2)
+    np.testing.assert_allclose(prepared.chunk_scores[:, 2:66, :3], expected[:, 2:66], atol=2e-5)
 
 
 def test_packing_is_what_the_docstring_says_and_inverts():
@@ -204,7 +208,7 @@ def test_sizes_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match="codes of shape"):
         jax.eval_shape(
             lambda codes, means: sketch_routing(
-                query_columns(jnp.zeros((4, 2, 128)), jnp.eye(128)), means, codes, jnp.zeros((4, 2**24)), jnp.zeros((4, 2**20), jnp.int32),
+                jnp.zeros((4, 2, 128)), jnp.eye(128), means, codes, jnp.zeros((4, 2**24)), jnp.zeros((4, 2**20), jnp.int32),
                 jnp.zeros((4, 1, 2, 2)), jnp.int32(5), jnp.int32(5), sink_chunks=1, local_chunks=1, group_size=16, threshold=0.1,
                 capacity=8, scale=1.0, implementation="pallas", interpret=True,
             ),

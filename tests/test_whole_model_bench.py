@@ -19,7 +19,7 @@ def test_kernels_by_part():
         "fp8_matvec_128x2048",
         "fp8_matvec_151936x2048",
         "page_attention",
-        "sketch_scan",
+        "sketch_scan_beside_windows",
         "x",
     ]
     found = parts({name: {"launches": 4, "total_us": 8.0} for name in names}, 2)

@@ -1,1 +1,1 @@
-"""Measurements: `python -m hga_jax.bench decode|prefill|routing|fetch|moe|load ... --json OUT`."""
+"""Measurements: `python -m hga_jax.bench decode|decode_routing|prefill|routing|fetch|moe|load ... --json OUT`."""

@@ -38,6 +38,7 @@ from hga_jax.config import HGAConfig, ModelConfig, RopeConfig
 from hga_jax.decoding import How, decode_token
 from hga_jax.programs import concurrent_launches
 from pallas_kernels.dispatch import on_cuda
+from pallas_kernels.votes import stamp_of
 
 SHAPES = {  # layers, query heads, kv heads, head dim
     "qwen3-30b-a3b": (48, 32, 4, 128),
@@ -128,12 +129,13 @@ def _made_up(case: Case, seed: int) -> LayerState:
     sketches = state.summaries
     codes = jax.random.bits(keys[2], sketches.codes.shape, jnp.uint8)
     scales = jnp.full(sketches.scales.shape, 0.9, jnp.bfloat16)  # 1 / rms of the four levels, equally often
-    stamps = np.full(state.stamps.shape, -2, np.int32)
+    stamps = np.array(state.stamps)
     if case.regime != "drift":
         rng, own = np.random.default_rng(seed), case.history // CHUNK
+        opened = int(stamp_of(own, True, 0, 1)) if backend.config.counts_votes else own
         middle = np.arange(SINKS * CHUNK // GROUP, (own - LOCAL) * CHUNK // GROUP)
         for row in stamps:
-            row[rng.permutation(middle)[: case.listed]] = own
+            row[rng.permutation(middle)[: case.listed]] = opened
     return replace(state, summaries=replace(sketches, codes=codes, scales=scales), stamps=jnp.asarray(stamps))
 
 
@@ -162,7 +164,7 @@ def token_program(case: Case, steps: int) -> Callable:
     return jax.jit(tokens, donate_argnums=3, compiler_options=concurrent_launches(on_cuda()))
 
 
-def measure(case: Case, *, steps: int = 8, repeats: int = 7, trace: bool = True) -> dict[str, Any]:
+def measure(case: Case, *, steps: int = 64, repeats: int = 7, trace: bool = True) -> dict[str, Any]:
     """Check one layer against the XLA operations, then time the whole program."""
     queries = _normal(jax.random.key(99), (WARM_TOKENS, case.heads, case.head_dim), jnp.bfloat16)
     key, value = (_normal(jax.random.key(i), (case.kv_heads, case.head_dim), jnp.bfloat16) for i in (97, 98))
@@ -330,7 +332,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1200], help="routed tokens a kv head, besides the windows' 704")
     parser.add_argument("--policy", nargs="+", choices=("sketch", "paper"), default=["sketch"])
     parser.add_argument("--regime", nargs="+", choices=REGIMES, default=["device", "bank", "host"])
-    parser.add_argument("--steps", type=int, default=8, help="tokens in one program")
+    parser.add_argument("--steps", type=int, default=64, help="tokens in one program: its launch costs what tens of launches inside do")
     parser.add_argument("--dense", action="store_true", help="also dense decode on the device, XLA and cuDNN")
     parser.add_argument("--json", help="write the results here")
     options = parser.parse_args(argv)

@@ -179,16 +179,20 @@ def plot(results: list[dict[str, Any]], title: str, path: str) -> None:
     figure.savefig(path, dpi=120)
 
 
+def auto_or_int(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m hga_jax.bench prefill", description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="qwen3-30b-a3b")
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384, 32768, 65536, 131072, 262144])
     parser.add_argument("--pages", type=int, default=40, help="pages planted in every block, which its successor sees too: 16 tokens each")
-    parser.add_argument("--screening", choices=("auto", "on", "off"), default="auto")
+    parser.add_argument("--screening", choices=("on", "off"), default="off")
     parser.add_argument("--request-stride", type=int, default=HGAConfig().request_stride, help="every how manyth query requests pages")
-    parser.add_argument(
-        "--scan-pairs", type=int, default=HGAConfig().scan_pairs, help="rotary pairs in which tokens are scanned, 0: sketches"
-    )
+    parser.add_argument("--scan-pairs", type=auto_or_int, default="auto", help="rotary pairs in which tokens are scanned, 0: sketches")
+    parser.add_argument("--votes", type=auto_or_int, default="auto", help="votes that keep a page open, 0: any request does")
+    parser.add_argument("--vote-share", type=float, default=HGAConfig().vote_share, help="share of the threshold that makes a vote")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--xla-up-to", type=int, default=0, help="longest length at which the plain XLA path is run too")
     parser.add_argument("--json", help="write the results here")
@@ -197,7 +201,8 @@ def main(argv: list[str]) -> None:
     if bad := [n for n in options.lengths if n % CHUNK or n < 2 * (SINKS + LOCAL) * CHUNK]:
         parser.error(f"--lengths {bad}: multiples of {CHUNK} from {2 * (SINKS + LOCAL) * CHUNK} on")
     shape = SHAPES[options.shape][1:]
-    config = HGAConfig(screening=options.screening, request_stride=options.request_stride, scan_pairs=options.scan_pairs)
+    names = ("screening", "request_stride", "scan_pairs", "votes", "vote_share")
+    config = HGAConfig(**{name: getattr(options, name) for name in names})
     ceiling = ceiling_tflops(8192 if jax.default_backend() == "gpu" else 512)
     print(environment(), f"matmul ceiling {ceiling:.3g} TFLOP/s", flush=True)
     report: dict[str, Any] = {"environment": environment(), "shape": options.shape, "argv": argv, "matmul_tflops": ceiling, "results": []}

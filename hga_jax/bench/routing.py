@@ -48,8 +48,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--scan-pairs", type=int, default=0, help="rotary pairs in which tokens are scanned, 0: sketches")
     parser.add_argument("--settings", nargs="+", default=SETTINGS)
     parser.add_argument("--candidates", type=int, default=Config().candidates, help="room of a program for pages scored twice")
-    parser.add_argument("--votes", type=int, default=0, help="votes that keep a page open, counted too; 0: any request does")
-    parser.add_argument("--vote-share", type=float, default=0.1, help="share of the threshold that makes a vote")
+    parser.add_argument("--votes", type=int, help="votes that keep a page open, counted too; 0: any request does (default: as HGAConfig)")
+    parser.add_argument("--vote-share", type=float, default=HGAConfig().vote_share, help="share of the threshold that makes a vote")
     parser.add_argument("--interpret", action="store_true", help="in Pallas' interpreter, without times")
     parser.add_argument("--json", help="write the results here")
     options = parser.parse_args(argv)
@@ -61,10 +61,11 @@ def main(argv: list[str]) -> None:
     print(environment(), flush=True)
 
     query, keys, values = made_up(options.tokens, heads, kv_heads, head_dim, options.pages)
-    config = HGAConfig(scan_pairs=options.scan_pairs)
+    votes = HGAConfig().votes_for(heads // kv_heads) if options.votes is None else options.votes
+    config = HGAConfig(scan_pairs=options.scan_pairs, votes=votes)
     pages = DeviceHistory.holding(keys, values, GROUP, options.tokens).pages
     operands = (pairs_of if options.scan_pairs else sketches_of)(query, keys, pages, config, options)
-    rule = Rule(CHUNK, GROUP, SINKS, LOCAL, head_dim**-0.5, votes=options.votes, vote_share=options.vote_share)
+    rule = Rule(CHUNK, GROUP, SINKS, LOCAL, head_dim**-0.5, votes=votes, vote_share=options.vote_share)
     results: list[dict[str, Any]] = []
     expected = None
     for name, kernels in settings.items():
@@ -125,7 +126,7 @@ def measure(
     keys, *few = operands
     width = keys.shape[3]
     if few:
-        threshold *= config.pairs_threshold_for(head_dim)
+        threshold *= config.pairs_threshold_for(options.scan_pairs, head_dim)
         width += head_dim / GROUP
     bounds = jnp.array([0, tokens], jnp.int32)
     kernels = Config(**{**vars(kernels), "candidates": options.candidates})

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -47,7 +46,7 @@ def measure(tokens: int, shape: tuple[int, int, int], config: HGAConfig, opened:
             jax.block_until_ready(program(*arrays))
             result[f"{name}_{kind}_ms"] = 1e3 * median_seconds(lambda program=program: program(*arrays), repeats)
     if check:  # every query routes: the comparison is one of gradients, not of selections
-        routed = partial(hga_attention, config=replace(config, screening="off"))
+        routed = partial(hga_attention, config=config)
         outputs, expected = (programs(partial(routed, implementation=name))["step"](*arrays) for name in (None, "xla"))
         pairs = [(np.asarray(x, np.float32), np.asarray(y, np.float32)) for x, y in zip(outputs, expected, strict=True)]
         differences = [float(np.linalg.norm(x - y) / np.linalg.norm(y)) for x, y in pairs]

@@ -52,7 +52,7 @@ def parse_choices(words: Sequence[str], common: Mapping[str, Any] | None = None)
             choice = DENSE
         elif name == "windows":
             # No share of a softmax reaches this threshold unless it is all of it, so nothing is opened.
-            choice = Choice(word, replace(HGAConfig(policy="sketch"), **(common | own | {"threshold": 1 - 1e-9})))
+            choice = Choice(word, replace(HGAConfig(policy="sketch"), **(common | own | {"threshold": 1 - 1e-9, "votes": 0})))
         else:
             choice = Choice(word, replace(HGAConfig(policy=name), **(common | own)))
         if choice not in choices:
@@ -71,7 +71,10 @@ def _setting(word: str, item: str) -> tuple[str, Any]:
         raise ValueError(f"--policy {word}: {item!r} is no setting, write NAME=VALUE with NAME one of {', '.join(CHOOSABLE)}")
     if key == "threshold":
         return key, parse_threshold(text)
+    if text == "auto":
+        return key, text
     kind = type(getattr(HGAConfig(), key))
+    kind = int if getattr(HGAConfig(), key) == "auto" else kind
     try:
         return key, kind(text)
     except ValueError:

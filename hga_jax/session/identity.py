@@ -14,12 +14,12 @@ from jaxtyping import Array
 
 from hga_jax.attention import HGAAttention
 from hga_jax.backend import AttentionBackend, DenseAttention
-from hga_jax.config import HGAConfig
 from hga_jax.model import Decoder, weight_leaves
 from hga_jax.sketches import ROTATION_VERSION
 
-# Settings younger than the format: left out where they have their default, so that histories stored before stay good.
-LATER_SETTINGS = ("scan_pairs", "pairs_threshold", "votes", "vote_share")
+# Settings younger than the format, with what was done before them: left out where they say that, so that histories stored before stay good.
+LATER_SETTINGS = {"scan_pairs": 0, "pairs_threshold": 0.0, "votes": 0}
+STAMPS_VERSION = 2  # how many votes a page has, counted up to votes.ENOUGH
 SAMPLES = 1024  # values of each weight that its fingerprint covers, evenly spread: other weights differ nearly everywhere
 
 
@@ -54,9 +54,11 @@ def describe(model: Any, backend: AttentionBackend) -> dict[str, Any]:
 
     if isinstance(backend, HGAAttention):
         attention = {"kind": "hga", "rotation": ROTATION_VERSION} | asdict(backend.config)
-        for later in LATER_SETTINGS:
-            if attention[later] == getattr(HGAConfig(), later):
-                del attention[later]
+        attention = {name: value for name, value in attention.items() if LATER_SETTINGS.get(name) != value}
+        if backend.config.counts_votes:
+            attention["stamps"] = STAMPS_VERSION
+        else:
+            del attention["vote_share"]
     elif isinstance(backend, DenseAttention):
         attention = {"kind": "dense", "page_size": backend.page_size}
     else:

@@ -85,7 +85,7 @@ class StateFormat:
         state = jax.eval_shape(lambda: backend.init_state(chunk, config.kv_heads, config.head_dim, dtype))
         leaves = jax.tree.leaves(state.summaries) if hga else []
         summaries = tuple((leaf.shape[1], leaf.shape[2:], jnp.dtype(leaf.dtype).name) for leaf in leaves)
-        note = RequestNote(chunk, votes=backend.config.votes_to_keep) if hga and state.stamps is not None else None
+        note = RequestNote(chunk, votes=backend.config.counts_votes) if hga and state.stamps is not None else None
         settings = backend.config if hga else None
         return StateFormat(
             config.layers, config.kv_heads, config.head_dim, jnp.dtype(dtype).name, group, chunk, summaries, note, settings

@@ -5,12 +5,10 @@ from pallas_kernels.routed_decode_attention.api import (
     FreshToken,
     Merged,
     Partial,
-    Plan,
     Windows,
     copy_pages,
     merge,
     page_attention,
-    plan_bank,
     window_attention,
 )
 from pallas_kernels.routed_decode_attention.config import Config
@@ -21,11 +19,9 @@ __all__ = [
     "FreshToken",
     "Merged",
     "Partial",
-    "Plan",
     "Windows",
     "copy_pages",
     "merge",
     "page_attention",
-    "plan_bank",
     "window_attention",
 ]

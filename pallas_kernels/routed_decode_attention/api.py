@@ -1,7 +1,7 @@
 """The public functions of decode attention; `implementation` picks the kernels or plain XLA.
 
 A decode step is `window_attention` (its stats also feed routing), `page_attention` over the pages that stay open, routing,
-`page_attention` over those the token opened, `merge`; `plan_bank` before each `page_attention` where there is a bank.
+`page_attention` over those the token opened, `merge`. `sketch_decode` has launches that do several of these, and those that use a bank.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Partial(NamedTuple):
 
 
 class Bank(NamedTuple):
-    """Pages kept on the device, each kv head's slots its own.
+    """Pages kept on the device, each kv head's slots its own; see sketch_decode.attend_selected.
 
     pages: K/V by slot; page_slot: slot of a page or -1; slot_page: page of a slot or -1.
     """
@@ -36,17 +36,6 @@ class Bank(NamedTuple):
     pages: Float[Array, "K slots 2 g H"]
     page_slot: Int[Array, "K P"]
     slot_page: Int[Array, "K slots"]
-
-
-class Plan(NamedTuple):
-    """source: slot of each listed page, or -1 - (rank among the missed). victims: slot that takes each missed page, or -1.
-
-    hits: pages found.
-    """
-
-    source: Int[Array, "K M"]
-    victims: Int[Array, "K M"]
-    hits: Int[Array, " K"]
 
 
 def _pallas(implementation: str) -> bool:
@@ -96,46 +85,6 @@ def window_attention(
     return Windows(Partial(acc, stats), *after or (window,))
 
 
-Listing = tuple[Int[Array, "K M"], Int[Array, "K _"]]
-
-
-def _one_after_the_other(ids: Array, counts: Array, more: Listing | None, parts: int) -> tuple[Array, Array, int]:
-    """(ids, counts, parts) of both lists as one."""
-    if more is None:
-        return ids, counts, parts
-    counts = jnp.concatenate([counts[:, :parts], more[1][:, :parts]], axis=1)
-    return jnp.concatenate([ids, more[0]], axis=1), counts, 2 * parts
-
-
-def plan_bank(
-    bank: Bank,
-    ids: Int[Array, "K M"],
-    counts: Int[Array, "K _"],
-    recency: Int[Array, "K P"],
-    needed: Int[Array, ""],
-    *,
-    more: Listing | None = None,
-    parts: int = 1,
-    implementation: Implementation,
-    config: Config | None = None,
-    interpret: bool = False,
-) -> tuple[Bank, Plan]:
-    """Find the listed pages in the bank and choose a slot for each missing one: empty slots, then the least recently requested pages'.
-
-    more, parts: see page_attention; the plan has the second list after the first. recency: when each page was last requested (the sketch
-    policy's stamps, or the step a page was last used in). Pages with recency >= needed keep their slots; when too few others are left, the
-    last missing pages get none and are only read.
-    """
-    tables = (bank.page_slot, bank.slot_page, recency, needed[None].astype("int32"))
-    if _pallas(implementation):
-        lists = [(ids, counts), *([] if more is None else [more])]
-        page_slot, *plan = kernel.plan_bank(lists, *tables, parts, config=config or Config(), interpret=interpret)
-    else:
-        ids, counts, parts = _one_after_the_other(ids, counts, more, parts)
-        page_slot, *plan = xla.plan_bank(ids, counts, *tables, parts)
-    return Bank(bank.pages, page_slot, bank.slot_page), Plan(*plan)
-
-
 def page_attention(
     query: Float[Array, "K G H"],
     ids: Int[Array, "K M"],
@@ -143,37 +92,22 @@ def page_attention(
     store: Float[Array, "K P 2 g H"],
     *,
     scale: float,
-    more: Listing | None = None,
     parts: int = 1,
     heads: Int[Array, "K M"] | None = None,
-    bank: Bank | None = None,
-    plan: Plan | None = None,
     implementation: Implementation,
     config: Config | None = None,
     interpret: bool = False,
-) -> tuple[Partial, Bank | None]:
+) -> Partial:
     """Attend to the listed pages, read in place from `store` (pinned host or device memory), once each.
 
-    ids[k] holds `parts` lists of equal room, of which the first counts[k, part] entries are valid. more: (ids, counts) of as many lists
-    more, of the same shapes, read in the same launch. heads: bit n set where query head n of
-    the kv head sees the page (None: all do). With a bank and its plan, hits are read from the bank and misses from the store, used and put
-    into their slots: the bank comes back updated, in place when it is donated.
+    ids[k] holds `parts` lists of equal room, of which the first counts[k, part] entries are valid. heads: bit n set where query head n of
+    the kv head sees the page (None: all do).
     """
-    if (bank is None) != (plan is None):
-        raise ValueError("bank and plan go together: plan_bank makes the plan")
-    if heads is not None and more is not None:
-        raise ValueError("heads go with one list: leave out `more`")
-    tables = None if bank is None else (bank.pages, bank.page_slot, bank.slot_page)
-    moves = None if plan is None else (plan.source, plan.victims)
     if not _pallas(implementation):
-        ids, counts, parts = _one_after_the_other(ids, counts, more, parts)
-        acc, stats, *tables = xla.page_attention(query, ids, counts, store, heads, tables, moves, parts, scale=scale)
-    else:
-        lists = [(ids, counts), *([] if more is None else [more])]
-        acc, stats, *tables = kernel.page_attention(
-            query, lists, store, heads, tables, moves, parts, scale=scale, config=config or Config(), interpret=interpret
-        )
-    return Partial(acc, stats), Bank(*tables) if tables else None
+        return Partial(*xla.page_attention(query, ids, counts, store, heads, parts, scale=scale))
+    return Partial(
+        *kernel.page_attention(query, ids, counts, store, heads, parts, scale=scale, config=config or Config(), interpret=interpret)
+    )
 
 
 class Merged(NamedTuple):

@@ -49,55 +49,25 @@ def copy_pages(target, source, where, most):
     return jax.lax.dynamic_update_slice_in_dim(target, jnp.where(fresh, new, old), first[1], axis=1)
 
 
-def _live(ids, counts, parts):
+def live_places(ids, counts, parts):
     """Which entries of the lists are valid."""
     room = ids.shape[1] // parts
     return (jnp.arange(room) < counts[:, :parts, None]).reshape(ids.shape)
 
 
-def plan_bank(ids, counts, page_slot, slot_page, recency, needed, parts):
-    def one(ids, live, page_slot, slot_page, recency):
-        rank = jnp.arange(ids.shape[0])
-        slot = jnp.where(live, page_slot[ids], -1)
-        missed = live & (slot < 0)
-        source = jnp.where(missed, -jnp.cumsum(missed), slot)
-        age = jnp.where(slot_page >= 0, recency[jnp.maximum(slot_page, 0)], -(2**30))
-        order = jnp.argsort(age, stable=True)
-        free = jnp.minimum(missed.sum(), (age < needed[0]).sum())
-        place = jnp.arange(slot_page.shape[0])
-        evicted = jnp.where(place < free, slot_page[order], -1)
-        page_slot = page_slot.at[jnp.where(evicted >= 0, evicted, page_slot.shape[0])].set(-1, mode="drop")
-        chosen = jnp.sort(jnp.where(place < free, order, slot_page.shape[0]))  # in slot order, as the kernel gives them
-        victims = jnp.where(rank < free, chosen[jnp.minimum(rank, slot_page.shape[0] - 1)], -1)
-        return page_slot, source, victims, live.sum() - missed.sum()
-
-    out = jax.vmap(one)(ids, _live(ids, counts, parts), page_slot, slot_page, recency)
-    return tuple(x.astype(jnp.int32) for x in out)
-
-
-def page_attention(query, ids, counts, store, heads, bank, plan, parts, *, scale):
-    capacity = ids.shape[1]
-    group_size = store.shape[3]
-    live = _live(ids, counts, parts)
+def page_attention(query, ids, counts, store, heads, parts, *, scale):
+    live = live_places(ids, counts, parts)
     pages = jax.vmap(lambda pages, ids: pages[ids])(store, jnp.where(live, ids, 0))
-    updated = ()
-    if bank is not None:
-        (kept, page_slot, slot_page), (source, victims) = bank, plan
-        hit = live & (source >= 0)
-        from_bank = jax.vmap(lambda pages, slots: pages[slots])(kept, jnp.where(hit, source, 0))
-        pages = jnp.where(hit[:, :, None, None, None], from_bank, pages)
-        target = jnp.take_along_axis(victims, jnp.where(live & ~hit, -1 - source, 0), axis=1)
-        filled = live & ~hit & (target >= 0)
-        slot, page = jnp.where(filled, target, kept.shape[1]), jnp.where(filled, ids, store.shape[1])
-        kept = jax.vmap(lambda kept, slot, pages: kept.at[slot].set(pages, mode="drop"))(kept, slot, pages)
-        page_slot = jax.vmap(lambda table, page, slot: table.at[page].set(slot, mode="drop"))(page_slot, page, target)
-        slot_page = jax.vmap(lambda table, slot, page: table.at[slot].set(page, mode="drop"))(slot_page, slot, ids)
-        updated = (kept, page_slot, slot_page)
+    return attend(query, pages, live, heads, scale)
+
+
+def attend(query, pages, live, heads, scale):
+    """acc and stats over the live ones of the pages [K, M, 2, g, H]."""
     keys, values = _tokens(pages)
-    visible = jnp.broadcast_to(live[:, None], (*query.shape[:2], capacity))
+    visible = jnp.broadcast_to(live[:, None], (*query.shape[:2], live.shape[1]))
     if heads is not None:
         visible = visible & ((heads[:, None] >> jnp.arange(query.shape[1])[:, None]) & 1 > 0)
-    return *_partial(query, keys, values, jnp.repeat(visible, group_size, axis=-1), scale), *updated
+    return _partial(query, keys, values, jnp.repeat(visible, pages.shape[3], axis=-1), scale)
 
 
 def merge(parts, dtype):

@@ -147,7 +147,7 @@ def _lists_by_votes(votes, first, stamps, bounds, steps: _Steps, *, capacity: in
         return jnp.zeros_like(asked).at[jnp.arange(kv_heads)[:, None, None], jnp.arange(blocks)[:, None], slot].set(True, mode="drop")
 
     opened = kept | lax.cond(jnp.any(counts[..., 1] > 0), listed, lambda: asked)
-    after = stamp_of(own, opened, cast + votes_in(stamps[:, None], own))
+    after = stamp_of(own, opened, cast + votes_in(stamps[:, None], own, rule.votes), rule.votes)
     return ids, since, counts, jnp.maximum(stamps, jnp.where(cast > 0, after, NEVER).max(1))
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.indexing import outer, span
 from pallas_kernels.sketch_prefill_routing.config import Config, Rule
@@ -65,6 +65,19 @@ def _windows_kernel(
         plgpu.store(window_ref.at[outer(k, block, probes.row)], log2_mass(windows) / LOG2E, mask=probes.inside)
 
 
+def asked_for(asking: Bool[Array, "rows pages"]) -> Bool[Array, " pages"]:
+    """Whether any row asks for a page. Rows are counted in bytes, pages 8 apart side by side in a word, as each thread has them: a quarter
+    of the words go from thread to thread.
+    """
+    rows, pages = asking.shape
+    if rows >= 256 or pages % 32:
+        return jnp.max(asking.astype(jnp.int32), axis=0) > 0
+    byte = span(0, pages) // 8 % 4 * 8
+    ones = jnp.where(asking, (1 << byte)[None, :], 0)
+    counts = jnp.sum(jnp.sum(ones.reshape(rows, pages // 32, 4, 8), axis=2), axis=0)
+    return (jnp.broadcast_to(counts[:, None, :], (pages // 32, 4, 8)).reshape(pages) >> byte) & 255 > 0
+
+
 def _pages_kernel(
     bounds_ref,  # [2] i32: position of query row 0, live rows
     query_ref,  # [T, N, H]
@@ -92,7 +105,7 @@ def _pages_kernel(
             scores = page_scores(probes, keys_ref, None, None, k, page, there, rule, means_ref)
             mass = add_scores(mass, jnp.where(there[None, :], scores, -jnp.inf), interpret)
             bound = jnp.where(probes.live, log2_mass(mass) + math.log2(threshold), jnp.inf)
-            near = jnp.min(jnp.where(scores >= bound[:, None], 0, rule.chunk_size), axis=0)
+            near = jnp.where(asked_for(scores >= bound[:, None]), 0, rule.chunk_size)
             plgpu.store(marks_ref.at[outer(k, block, tile, page)], near.astype(marks_ref.dtype), mask=there)
             return mass
 

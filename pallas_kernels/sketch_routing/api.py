@@ -14,7 +14,7 @@ from pallas_kernels.votes import is_open
 
 LEVELS = (-1.5104, -0.4528, 0.4528, 1.5104)  # Lloyd-Max quantiser of a unit Gaussian; codes 0..3 ascending
 THRESHOLDS = (-0.9816, 0.0, 0.9816)
-PARTS = 16  # lists a kv head: enough small programs to make them at once, few enough that few are empty
+PARTS = 32  # lists a kv head: with 4 kv heads a program for each multiprocessor of an H100, each with few pages to read
 
 
 class PageList(NamedTuple):
@@ -51,37 +51,42 @@ class Pages(NamedTuple):
     unopened: Float[Array, "K parts G"]
 
 
-class QueryColumns(NamedTuple):
-    """Queries as the scan wants them: high halves of every head, then low halves (high + low is float32-exact to 2^-17 and 2^-22).
+class ScanQuery(NamedTuple):
+    """What the scan wants of a token's queries; Gp: query heads of a kv head rounded up to a power of two, at least 8, zero beyond G.
 
-    direct: of the query, bfloat16; rotated: of query @ rotation, float16. Each half has G columns rounded up to a power of two, at least
-    8; those beyond G are zero.
+    rotated: query @ rotation as float16, high halves of every head, then low halves (high + low is float32-exact to 2^-22).
+    chunk_scores: query . mean, unscaled; anything beyond the routed middle.
     """
 
-    direct: Float[Array, "K H columns"]
-    rotated: Float[Array, "K H columns"]
+    rotated: Float[Array, "K 2*Gp H"]
+    chunk_scores: Float[Array, "K C Gp"]
 
 
-def query_columns(
+def middle_of(own_chunk: Int[Array, ""], next_chunk: Int[Array, ""], sink_chunks: int, local_chunks: int) -> Int[Array, " 4"]:
+    """First and end of the routed middle for a token of `own_chunk`, that chunk, the next token's chunk: what the kernels read."""
+    end = jnp.maximum(own_chunk - local_chunks, sink_chunks)
+    return jnp.stack([jnp.int32(sink_chunks), end, own_chunk, next_chunk]).astype(jnp.int32)
+
+
+def prepare(
     query: Float[Array, "K G H"],
     rotation: Float[Array, "H H"],
+    means: Float[Array, "K C H"],
+    middle: Int[Array, " 4"],
     *,
     implementation: Literal["pallas", "xla"] = "xla",
     interpret: bool = False,
-) -> QueryColumns:
-    """What the scan reads."""
+) -> ScanQuery:
+    """What the scan reads of the queries. means: of the unrotated keys of each chunk. middle: from `middle_of`."""
     if implementation == "pallas":
-        return QueryColumns(*kernel.query_columns(query, rotation, interpret=interpret))
-    query = query.astype(jnp.float32)
-    rotated = jnp.einsum("kgh,hd->kgd", query, rotation.astype(jnp.float32), precision=lax.Precision.HIGHEST)
-    padding = max(8, 1 << (query.shape[1] - 1).bit_length()) - query.shape[1]
-
-    def columns(x: Array, dtype) -> Array:
-        x = jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, padding)))
-        high = x.astype(dtype)
-        return jnp.concatenate([high, (x - high.astype(jnp.float32)).astype(dtype)], axis=-1)
-
-    return QueryColumns(columns(query, jnp.bfloat16), columns(rotated, jnp.float16))
+        return ScanQuery(*kernel.prepare(query, rotation, means, middle, interpret=interpret))
+    heads = query.shape[1]
+    query = jnp.pad(query.astype(jnp.float32), ((0, 0), (0, max(8, 1 << (heads - 1).bit_length()) - heads), (0, 0)))
+    exact = {"precision": lax.Precision.HIGHEST}
+    rotated = jnp.einsum("kgh,hd->kgd", query, rotation.astype(jnp.float32), **exact)
+    high = rotated.astype(jnp.float16)
+    low = (rotated - high.astype(jnp.float32)).astype(jnp.float16)
+    return ScanQuery(jnp.concatenate([high, low], axis=1), jnp.einsum("kgh,kch->kcg", query, means.astype(jnp.float32), **exact))
 
 
 def carried_pages(
@@ -151,8 +156,15 @@ def append_sketch(
     )
 
 
+def check_sketch(chunks: int, tokens: int, group_size: int) -> None:
+    """Raises ValueError for codes that are not of so many chunks of whole groups."""
+    if tokens % chunks or tokens // chunks % group_size:
+        raise ValueError(f"{tokens} tokens of codes do not make {chunks} chunks of whole groups of {group_size}")
+
+
 def sketch_routing(
-    query: QueryColumns,
+    query: Float[Array, "K G H"],
+    rotation: Float[Array, "H H"],
     means: Float[Array, "K C H"],
     codes: UInt8[Array, "K S B"],
     scales: Float[Array, "K S"],
@@ -175,21 +187,68 @@ def sketch_routing(
 ) -> Pages:
     """Route one token's queries: request every group of the routed middle with estimated mass >= threshold for any head of its kv head.
 
-    query: from `query_columns`. next_chunk: that of the next token, for the list handed on to it. means are of the unrotated keys; codes
-    and scales describe their rotated residuals.
-    window[:, :, 0] and [:, :, 1]: largest exact score and sum of exp(score - largest) of each split of the windows, from
-    `routed_decode_attention.window_attention`. stamps: updated in place when donated. votes: 0, and requests stay open to the
-    end of the next chunk; otherwise to the end of their own, and pages to which so many (query, head) pairs of a chunk give vote_share *
-    threshold of their mass stay open to all of the next. Source: README, the sketch policy.
+    next_chunk: that of the next token, for the list handed on to it. means are of the unrotated keys; codes and scales describe their
+    rotated residuals. window[:, :, 0] and [:, :, 1]: largest exact score and sum of exp(score - largest) of each split of the windows, from
+    `routed_decode_attention.window_attention`. stamps: updated in place when donated. votes: 0, and requests stay open to the end of the
+    next chunk; otherwise to the end of their own, and pages to which so many (query, head) pairs of a chunk give vote_share * threshold of
+    their mass (a share of 1 at most) stay open to all of the next. Source: README, the sketch policy.
     """
-    if codes.shape[1] % means.shape[1] or codes.shape[1] // means.shape[1] % group_size:
-        raise ValueError(f"{codes.shape[1]} tokens of codes do not make {means.shape[1]} chunks of whole groups of {group_size}")
-    heads = window.shape[3]
-    pages_per_chunk = codes.shape[1] // means.shape[1] // group_size
-    middle = jnp.stack([jnp.int32(sink_chunks), jnp.maximum(own_chunk - local_chunks, sink_chunks), own_chunk, next_chunk]).astype(
-        jnp.int32
-    )
-    config = config or Config()
+    check_sketch(means.shape[1], codes.shape[1], group_size)
+    middle = middle_of(own_chunk, next_chunk, sink_chunks, local_chunks)
+    prepared = prepare(query, rotation, means, middle, implementation=implementation, interpret=interpret)
+    heads, chunk_size = query.shape[1], codes.shape[1] // means.shape[1]
+    how = {"implementation": implementation, "config": config, "interpret": interpret}
+    scores = scan(prepared, codes, scales, middle, heads=heads, group_size=group_size, scale=scale, **how)
+    rules = {"pages_per_chunk": chunk_size // group_size, "threshold": threshold, "votes": votes, "vote_share": vote_share}
+    return select(scores, window, stamps, middle, capacity=capacity, **rules, **how)
+
+
+class Scores(NamedTuple):
+    """scores: of each group, estimated, scaled; -inf or anything outside the routed middle. partials: like `window` of sketch_routing, from
+    each scanning program."""
+
+    scores: Float[Array, "K P Gp"]
+    partials: Float[Array, "K programs 2 Gp"]
+
+
+def scan(
+    prepared: ScanQuery,
+    codes: UInt8[Array, "K S B"],
+    scales: Float[Array, "K S"],
+    middle: Int[Array, " 4"],
+    *,
+    heads: int,
+    group_size: int,
+    scale: float,
+    implementation: Literal["pallas", "xla"],
+    config: Config | None = None,
+    interpret: bool = False,
+) -> Scores:
+    """Estimated scores of the groups of the routed middle for the first `heads` heads."""
+    rules = {"heads": heads, "group_size": group_size, "scale": scale}
+    if implementation == "xla":
+        return Scores(*xla.scan(*prepared, codes, scales, middle, **rules))
+    if implementation != "pallas":
+        raise ValueError(f"{implementation=}: choose pallas or xla")
+    return Scores(*kernel.scan(*prepared, codes, scales, middle, config=config or Config(), interpret=interpret, **rules))
+
+
+def select(
+    scores: Scores,
+    window: Float[Array, "K splits 2 G"],
+    stamps: Int[Array, "K P"],
+    middle: Int[Array, " 4"],
+    *,
+    pages_per_chunk: int,
+    threshold: float,
+    capacity: int,
+    votes: int = 0,
+    vote_share: float = 1.0,
+    implementation: Literal["pallas", "xla"],
+    config: Config | None = None,
+    interpret: bool = False,
+) -> Pages:
+    """The pages that the scores ask for; arguments as for `sketch_routing`."""
     parts, room = list_shape(stamps.shape[1], capacity)
     rules = {
         "pages_per_chunk": pages_per_chunk,
@@ -200,15 +259,8 @@ def sketch_routing(
         "vote_share": vote_share,
     }
     if implementation == "xla":
-        direct, rotated = (sum(jnp.split(x.astype(jnp.float32), 2, axis=-1))[..., :heads].swapaxes(1, 2) for x in query)
-        scores = xla.scan(direct, rotated, means, codes, scales, middle, group_size=group_size, scale=scale)
-        return _pages(*xla.select(scores, window, stamps, middle, **rules))
-    if implementation != "pallas":
-        raise ValueError(f"{implementation=}: choose pallas or xla")
-    scores, partials = kernel.scan(
-        *query, means, codes, scales, middle, heads=heads, group_size=group_size, scale=scale, config=config, interpret=interpret
-    )
-    return _pages(*kernel.select(scores, partials, window, stamps, middle, config=config, interpret=interpret, **rules))
+        return _pages(*xla.select(*scores, window, stamps, middle, **rules))
+    return _pages(*kernel.select(*scores, window, stamps, middle, config=config or Config(), interpret=interpret, **rules))
 
 
 def _pages(stamps: Array, fresh: Array, fresh_count: Array, carried: Array, carried_count: Array, counts: Array, unopened: Array) -> Pages:

@@ -11,17 +11,15 @@ from pallas_kernels.limits import power_of_two
 @dataclass(frozen=True)
 class Config:
     """block_chunks: chunks of sketches a scanning program works on at a time. scan_programs: such programs a kv head, scan_warps: their
-    warps. unpack: how codes become float16 levels, "asm" (PTX, any GPU since SM80) or "arithmetic" (also interpret mode).
-    select_pages, select_warps: pages that a selecting program looks at in one step, and its warps.
-
-    Scan measured on an H100, 64K history, 4 kv heads of 8 heads, 128 wide: 14.5 us with 128 or 256 programs of 4 chunks and 4 warps, 14.4
-    with 64; 15.9 with 64 programs of 8 warps; 14.6 with blocks of 2 chunks, 18.2 with 8. Reading a block ahead costs 2 to 5 us, products of
-    8 columns in place of 16 cost 4. Loads and epilogue alone take 10.3.
+    warps; scan_stages: one more than the blocks whose codes are on their way while one is worked on. unpack: how codes become float16
+    levels, "asm" (PTX, any GPU since SM80) or "arithmetic" (also interpret mode). select_pages, select_warps: pages that a selecting
+    program looks at in one step, and its warps.
     """
 
-    block_chunks: int = 4
+    block_chunks: int = 2
     scan_programs: int = 128
     scan_warps: int = 4
+    scan_stages: int = 3
     unpack: Literal["asm", "arithmetic"] = "asm"
     select_pages: int = 256
     select_warps: int = 4
@@ -30,6 +28,8 @@ class Config:
         for name in ("block_chunks", "scan_programs", "scan_warps", "select_pages", "select_warps"):
             if not power_of_two(getattr(self, name)):
                 raise ValueError(f"{name}={getattr(self, name)} must be a power of two")
+        if self.scan_stages < 1:
+            raise ValueError(f"scan_stages={self.scan_stages} must be at least 1")
         if self.select_pages > 32768:
             raise ValueError(f"select_pages={self.select_pages} must be at most 32768: two counts share an int32 prefix sum")
         if self.unpack not in ("asm", "arithmetic"):

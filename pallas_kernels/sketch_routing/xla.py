@@ -16,31 +16,36 @@ LEVELS = (-1.5104, -0.4528, 0.4528, 1.5104)
 
 
 def scan(
-    query: Float[Array, "K G H"],
-    rotated: Float[Array, "K G H"],
-    means: Float[Array, "K C H"],
+    rotated: Float[Array, "K rows H"],
+    chunk_scores: Float[Array, "K C Gp"],
     codes: UInt8[Array, "K S B"],
     scales: Float[Array, "K S"],
     middle: Int[Array, " 4"],
     *,
+    heads: int,
     group_size: int,
     scale: float,
-) -> Float[Array, "K G P"]:
-    """Scores of the groups of the routed middle, -inf elsewhere."""
-    kv_heads, heads, _ = query.shape
-    chunk_size = codes.shape[1] // means.shape[1]
+) -> tuple[Float[Array, "K P Gp"], Float[Array, "K 1 2 Gp"]]:
+    """Scores of the groups of the routed middle, -inf elsewhere, and their largest and sum of exp(score - largest)."""
+    chunk_size = codes.shape[1] // chunk_scores.shape[1]
+    pages_per_chunk = chunk_size // group_size
     unpacked = jnp.concatenate([codes >> shift & 3 for shift in (0, 2, 4, 6)], axis=-1)
     levels = jnp.asarray(LEVELS, jnp.float32)[unpacked]
-    residual = jnp.einsum("kgh,ksh->kgs", rotated.astype(jnp.float32), levels, precision=lax.Precision.HIGHEST)
-    base = jnp.einsum("kgh,kch->kgc", query.astype(jnp.float32), means.astype(jnp.float32), precision=lax.Precision.HIGHEST)
-    best = (residual * scales.astype(jnp.float32)[:, None]).reshape(kv_heads, heads, -1, group_size).max(-1)
-    score = (best + jnp.repeat(base, chunk_size // group_size, axis=-1)) * scale
-    chunk = jnp.arange(score.shape[-1]) // (chunk_size // group_size)
-    return jnp.where((chunk >= middle[0]) & (chunk < middle[1]), score, -jnp.inf)
+    rotated = sum(jnp.split(rotated.astype(jnp.float32), 2, axis=1))
+    residual = jnp.einsum("kgh,ksh->ksg", rotated, levels, precision=lax.Precision.HIGHEST) * scales.astype(jnp.float32)[:, :, None]
+    best = residual.reshape(residual.shape[0], -1, group_size, residual.shape[2]).max(2)
+    score = (best + jnp.repeat(chunk_scores, pages_per_chunk, axis=1)) * scale
+    chunk = jnp.arange(score.shape[1]) // pages_per_chunk
+    live = ((chunk >= middle[0]) & (chunk < middle[1]))[:, None] & (jnp.arange(score.shape[2]) < heads)
+    score = jnp.where(live, score, -jnp.inf)
+    peak = score.max(1)
+    total = jnp.exp(score - jnp.where(peak > -jnp.inf, peak, 0)[:, None]).sum(1)
+    return score, jnp.stack([peak, total], axis=1)[:, None]
 
 
 def select(
-    scores: Float[Array, "K G P"],
+    scores: Float[Array, "K P Gp"],
+    partials: Float[Array, "K programs 2 Gp"],
     window: Float[Array, "K splits 2 G"],
     stamps: Int[Array, "K P"],
     middle: Int[Array, " 4"],
@@ -55,7 +60,9 @@ def select(
     """Threshold, stamps, page lists, figures; see kernel.select."""
     own, after = middle[2], middle[3]
     windows = jax.nn.logsumexp(window[:, :, 0], axis=1, b=window[:, :, 1])
-    total = jnp.logaddexp(jax.nn.logsumexp(scores, axis=-1), windows)
+    heads = window.shape[3]
+    scores, partials = scores[:, :, :heads].swapaxes(1, 2), partials[..., :heads]
+    total = jnp.logaddexp(jax.nn.logsumexp(partials[:, :, 0], axis=1, b=partials[:, :, 1]), windows)
     wanted = (scores >= (total + math.log(threshold))[..., None]).any(1) & (scores > -jnp.inf).any(1)
     kept = is_open(stamps, own, votes)
     seen = kept & (jnp.arange(stamps.shape[1]) < middle[1] * pages_per_chunk)
@@ -67,7 +74,7 @@ def select(
     visible = seen | taken
     if votes:
         cast = ((scores >= (total + math.log(threshold * vote_share))[..., None]) & (scores > -jnp.inf)).sum(1)
-        stamps = jnp.where(cast > 0, stamp_of(own, visible, votes_in(stamps, own) + cast), stamps)
+        stamps = jnp.where(cast > 0, stamp_of(own, visible, votes_in(stamps, own, votes) + cast, votes), stamps)
     else:
         stamps = jnp.where(wanted & visible, own, stamps)
     refused = by_part(fresh & ~taken).sum(2)
