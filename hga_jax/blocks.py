@@ -205,7 +205,7 @@ def attend_blocks(
     positions = first_position + jnp.arange(most)[:, None] * config.chunk_size + jnp.arange(length)
     own_chunks = positions[:, 0] // config.chunk_size
     windows = attend_windows(q, positions, state.history, config, scale)
-    requests = policy.request(q, live, own_chunks, state.summaries, windows[0] + jnp.log(windows[1]))
+    requests = policy.request(q, live, positions, state.summaries, windows[0] + jnp.log(windows[1]))
 
     def one(b: Array, carry: tuple) -> tuple:
         out, visible, stamps, stats, opened = carry
@@ -335,7 +335,7 @@ def _nothing_opened(blocks: int, length: int, query: Float[Array, "T N H"], stat
 
     def selection() -> Selection:
         block, window_mass = jnp.zeros_like(query, shape=(*rows, width)), jnp.zeros_like(query, shape=rows, dtype=jnp.float32)
-        requests = policy.request(block, jnp.ones((1, length), bool), jnp.zeros(1, jnp.int32), state.summaries, window_mass)
+        requests = policy.request(block, jnp.ones((1, length), bool), jnp.zeros((1, length), jnp.int32), state.summaries, window_mass)
         return policy.grant(requests, jnp.int32(0), jnp.int32(0), state.stamps).selection
 
     lists = jnp.zeros((blocks, *jax.eval_shape(selection).pages.shape), jnp.int32)

@@ -44,9 +44,9 @@ class HGAConfig:
     policy: "sketch" (causal threshold on estimated attention mass) or "paper" (arXiv 2606.30709: top chunks, then top groups).
     threshold: sketch policy, the share of a query's attention mass above which a page is opened (0 < threshold < 1), or a level of QUALITY,
     whose threshold depends on how many query heads share a kv head.
-    votes, vote_share: sketch policy, what keeps a page open for the next chunk: `votes` of the chunk's (query, head) pairs have vote_share
-    of the threshold there, whether or not one of them asked for it. "auto": a 28th of the pairs (16 of the 448 of 7 heads). 0: any request
-    does, and "threshold" levels are lower.
+    votes, vote_share, vote_stride: sketch policy, what keeps a page open for the next chunk: `votes` (query, head) pairs of the chunk's
+    queries at positions p with p % vote_stride == 0 have vote_share of the threshold there, whether or not one of them asked for it.
+    "auto": a 28th of the pairs (4 of the 112 of 7 heads). 0: any request does, and "threshold" levels are lower.
     page_capacity: sketch policy, the most routed pages of a kv head open at a time; further requests are refused, in query order.
     Decode kernels keep several lists a kv head, with room for as many pages twice over, and refuse when one is full.
     screening: sketch policy, how prefill finds pages. "off": every query scans every token. "on": every screen_stride-th query looks at
@@ -73,6 +73,7 @@ class HGAConfig:
     threshold: float | Literal["fast", "balanced", "best"] = "balanced"
     votes: int | Literal["auto"] = "auto"
     vote_share: float = 0.1
+    vote_stride: int = 4
     page_capacity: int = 1024
     screening: Literal["on", "off"] = "off"
     screen_stride: int = 4
@@ -108,7 +109,7 @@ class HGAConfig:
             raise ValueError(f"page_capacity={self.page_capacity} must be at least 1")
         if self.screening not in ("on", "off"):
             raise ValueError(f"screening={self.screening!r}: choose on or off")
-        for name in ("screen_stride", "request_stride"):
+        for name in ("screen_stride", "request_stride", "vote_stride"):
             if getattr(self, name) < 1 or self.chunk_size % getattr(self, name):
                 raise ValueError(f"{name}={getattr(self, name)} must divide chunk_size={self.chunk_size}")
         if self.screen_spread < 0 or not 0 < self.screen_margin <= 1 or self.screen_threshold <= 0:
@@ -150,7 +151,8 @@ class HGAConfig:
         """Votes that keep a page open for the next chunk when so many query heads share a kv head; 0: any request does."""
         if not self.counts_votes:
             return 0
-        return min(max(round(self.chunk_size * queries_per_kv_head / 28), 1), ENOUGH) if self.votes == "auto" else self.votes
+        pairs = self.chunk_size // self.vote_stride * queries_per_kv_head
+        return min(max(round(pairs / 28), 1), ENOUGH) if self.votes == "auto" else self.votes
 
     def pairs_for(self, room: int, head_dim: int) -> int:
         """In how many rotary pairs prefill by page lists scans a history with room for so many tokens; 0: by sketches."""

@@ -197,9 +197,10 @@ def _attend_early(
     return merged.out, replace(state, carried=after), tally
 
 
-def _middle(position: Int[Array, ""], config: HGAConfig) -> Int[Array, " 4"]:
+def _middle(position: Int[Array, ""], config: HGAConfig) -> Int[Array, " 5"]:
     now, after = position // config.chunk_size, (position + 1) // config.chunk_size
-    return sketch_routing.middle_of(now, after, config.sink_chunks, config.local_chunks)
+    voting = position % config.vote_stride == 0
+    return sketch_routing.middle_of(now, after, config.sink_chunks, config.local_chunks, voting)
 
 
 def _selection(query: Float[Array, "K G H"], state: LayerState, config: HGAConfig) -> dict[str, Any]:
@@ -213,7 +214,7 @@ def _scan(
     fresh: FreshToken,
     state: LayerState,
     position: Array,
-    middle: Int[Array, " 4"],
+    middle: Int[Array, " 5"],
     config: HGAConfig,
     scale: float,
     how: How,

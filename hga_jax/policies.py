@@ -45,7 +45,7 @@ class Policy(NamedTuple):
     """summarise: post-RoPE keys [K, whole chunks, H] -> summaries, any pytree that summaries.write understands.
     summarise_pages: (summaries, pages of a device history, first chunk, end, most chunks) -> summaries with those of the chunks from first
     to end made anew, as a kernel for NVIDIA GPUs; None: there is none.
-    request: (query [K, B, G, Q, H] of B neighbouring chunks, live [B, Q], their chunks [B], summaries, log of the window scores' summed
+    request: (query [K, B, G, Q, H] of B neighbouring chunks, live [B, Q], positions [B, Q], summaries, log of the window scores' summed
     exponentials [K, B, G, Q]) -> what those queries ask for, any pytree; needs nothing of what was requested before.
     grant: (requests, b, chunk of block b, stamps) -> routing.Granted: the pages open to block b; called block by block.
     list_pages: (query [T, N, H], pages of a device history, summaries, stamps, first position, live queries, implementation, energy of
@@ -118,7 +118,7 @@ def list_top(
     position = start // size * size + jnp.arange(most * size).reshape(most, size)
     live = (position >= start) & (position < start + count)
     at_once = min(most, max(SCORES_AT_ONCE // (heads * size * held // config.groups_per_chunk), 2))
-    found = request_top(blocks, live, position[:, 0] // size, sums, None, config=config, at_once=at_once)
+    found = request_top(blocks, live, position, sums, None, config=config, at_once=at_once)
     counts = jnp.where(live.any(1), found.used, 0)
     counts = jnp.broadcast_to(counts[None, :, None], (kv_heads, most, found.pages.shape[2]))
     return PageLists(found.pages.swapaxes(0, 1), found.since.swapaxes(0, 1), counts, stamps, jnp.int32(0), jnp.float32(0))
@@ -159,7 +159,8 @@ def list_by_threshold(
     """The sketch policy's requests and grants of all blocks of queries, screened, or scanned in some rotary pairs, where config says so."""
     ratio = query.shape[1] // pages.shape[0]
     windows = config.sink_chunks, config.local_chunks
-    rule = Rule(config.chunk_size, config.group_size, *windows, scale, votes=config.votes_for(ratio), vote_share=config.vote_share)
+    voting = {"votes": config.votes_for(ratio), "vote_share": config.vote_share, "vote_stride": config.vote_stride}
+    rule = Rule(config.chunk_size, config.group_size, *windows, scale, **voting)
     screen = None
     if config.screening == "on":
         screen = Screen(

@@ -200,7 +200,8 @@ def _sketch(query, key, config, rope, rotation, query_start, scale):
                 peak = max(exact.max(), score.max(initial=-np.inf))
                 mass = np.exp(score - peak) / (np.exp(exact - peak).sum() + np.exp(score - peak).sum())
                 wanted[middle[mass >= config.threshold_for(ratio)]] = True
-                votes[middle[mass >= config.threshold_for(ratio) * config.vote_share]] += 1
+                if position % config.vote_stride == 0:
+                    votes[middle[mass >= config.threshold_for(ratio) * config.vote_share]] += 1
             requested[t, k] = wanted
             seen = (stamps == own) | kept if config.counts_votes else stamps >= own - 1
             room = config.page_capacity - int(seen.sum())

@@ -115,7 +115,7 @@ def first_requests(scores: Float[Array, "*B Q n"], count: int, watched: Float[Ar
 def request_top(
     query: Float[Array, "K B G Q H"],
     live: Bool[Array, "B Q"],
-    own_chunks: Int[Array, " B"],
+    positions: Int[Array, "B Q"],
     summaries: KeySums,
     window_mass: Array | None,
     *,
@@ -135,6 +135,7 @@ def request_top(
         selected, since = _selected_chunks(block, live, own_chunk, summaries.chunks, config, ladder=at_once == 1)
         return _selected_groups(block, live, own_chunk, selected, since, summaries.groups, config)
 
+    own_chunks = positions[:, 0] // config.chunk_size
     return lax.map(one, (query.swapaxes(0, 1), live, own_chunks), batch_size=None if at_once == 1 else at_once)
 
 
@@ -231,7 +232,7 @@ class PageRequests:
 def request_by_threshold(
     query: Float[Array, "K B G Q H"],
     live: Bool[Array, "B Q"],
-    own_chunks: Int[Array, " B"],
+    positions: Int[Array, "B Q"],
     sketches: KeySketches,
     window_mass: Float[Array, "K B G Q"],
     *,
@@ -245,6 +246,7 @@ def request_by_threshold(
     """
     kv_heads, blocks, ratio, length, width = query.shape
     rows, pages = blocks * ratio * length, config.groups_per_chunk
+    own_chunks = positions[:, 0] // config.chunk_size
     chunks = min(CHUNKS_AT_ONCE, sketches.means.shape[1])
     step = chunks * pages
     total_pages = sketches.means.shape[1] * pages
@@ -276,6 +278,9 @@ def request_by_threshold(
     threshold = config.threshold_for(ratio)
     least = jnp.where(row_live, mass_unit + math.log(threshold), jnp.inf)
     row = jnp.arange(rows) % length
+    voting = jnp.broadcast_to((positions % config.vote_stride == 0)[:, None], (blocks, ratio, length)).reshape(rows)
+    least_voted = jnp.where(voting, least + math.log(config.vote_share), jnp.inf)
+    every = config.vote_stride if length == config.chunk_size else 1  # a whole chunk's rows begin with one that votes
 
     def ask(tile: Array, first: Array) -> Array:
         begin = _tile_start(tile, step, total_pages)
@@ -283,10 +288,12 @@ def request_by_threshold(
         before = lax.dynamic_slice_in_dim(first, begin, step, axis=2)
         return lax.dynamic_update_slice_in_dim(first, jnp.minimum(before, asking), begin, axis=2)
 
+    def of_voters(x: Array) -> Float[Array, "K B G q n"]:
+        return x.reshape(kv_heads, blocks, ratio, length, -1)[..., ::every, :]
+
     def vote(tile: Array, votes: Array) -> Array:
         begin = _tile_start(tile, step, total_pages)
-        enough = scores[tile] >= (least + math.log(config.vote_share))[..., None]
-        fresh = enough.reshape(kv_heads, blocks, -1, step).sum(2).swapaxes(0, 1)
+        fresh = (of_voters(scores[tile]) >= of_voters(least_voted)).sum((2, 3)).swapaxes(0, 1)
         before = lax.dynamic_slice_in_dim(votes, begin, step, axis=2)
         return lax.dynamic_update_slice_in_dim(votes, before + fresh, begin, axis=2)
 
@@ -324,7 +331,7 @@ def grant_remembered(
     if votes:
         new = requests.votes[block]
         after = stamp_of(own_chunk, kept | fresh, votes_in(stamps, own_chunk, votes) + new, votes)
-        stamps = jnp.where(new > 0, after, stamps)
+        stamps = jnp.where((new > 0) | fresh, after, stamps)
     else:
         stamps = jnp.where((first < length) & (carried | fresh), own_chunk, stamps)
 

@@ -1,9 +1,9 @@
 """Stamps: what is remembered of a page, one int32, and which pages are open by them.
 
 Where any request keeps a page open for the next chunk (`votes` 0), its stamp is the last chunk in which it was requested. Where votes do:
-the last chunk in which it got any, whether it was open there, how many; chunk << 10 | open << 9 | votes, counted so that ENOUGH of them
-keep the page open, however many that takes: who only asks whether a page is open need not know. Later chunks have larger stamps either
-way. Works on arrays of any shape, in XLA and inside kernels alike.
+the last chunk in which it got any or was opened, whether it was open there, how many; chunk << 10 | open << 9 | votes, counted so that
+ENOUGH of them keep the page open, however many that takes: who only asks whether a page is open need not know. Later chunks have larger
+stamps either way. Works on arrays of any shape, in XLA and inside kernels alike.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def test_same_tokens_as_in_memory(model, in_memory, tmp_path, share):
 
 def test_votes_keep_the_same_pages_open(model, tmp_path):
     """Decoding from disk across chunk ends, and from where the session was closed, as with the history in memory."""
-    hga, found = HGAConfig(**vars(HGA) | {"votes": 5, "vote_share": 0.3, "threshold": 0.05}), []
+    hga, found = HGAConfig(**vars(HGA) | {"votes": 3, "vote_share": 0.3, "vote_stride": 2, "threshold": 0.05}), []
     for options in ({}, {"kv_store": str(tmp_path), "host_memory": 0.0}):
         folder, options = tmp_path / f"a{len(found)}", {"ctx": CTX, "hga": hga} | options
         with model.session(folder, **options) as session:

@@ -43,7 +43,7 @@ def decoded(decoder, backend, token, position, states, count):
     )  # fmt: skip
 
 
-REQUESTS, VOTES = {"votes": 0}, {"votes": 6, "vote_share": 0.2}
+REQUESTS, VOTES = {"votes": 0}, {"votes": 3, "vote_share": 0.2, "vote_stride": 2}
 
 
 @pytest.mark.parametrize(("policy", "rule"), [("sketch", REQUESTS), ("sketch", VOTES), ("paper", {})], ids=["sketch", "votes", "paper"])

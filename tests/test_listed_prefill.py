@@ -66,7 +66,7 @@ def compare(expected, found, unopened=0.3):
             np.testing.assert_allclose(getattr(stats_2, field.name), getattr(stats, field.name), rtol=1e-4, atol=1e-3, err_msg=field.name)
 
 
-@pytest.mark.parametrize("voting", [{}, {"votes": 4, "vote_share": 0.5}], ids=["requests", "votes"])
+@pytest.mark.parametrize("voting", [{}, {"votes": 2, "vote_share": 0.5}], ids=["requests", "votes"])
 def test_prompt_in_two_calls_that_meet_inside_a_chunk(voting):
     """The second runs out of room: requests are refused in the same order."""
     block_by_block, at_once = both(replace(CONFIG, page_capacity=18, **voting), [(120, 107), (120, 93)])

@@ -71,6 +71,7 @@ def program(run, head_dim, screen, capacity, threshold, votes):
 class Votes(NamedTuple):
     votes: int = 0
     vote_share: float = 1.0
+    vote_stride: int = 1
 
 
 REQUESTS = Votes()  # any request keeps a page
@@ -129,13 +130,13 @@ def test_call_that_starts_inside_a_chunk_with_requests_remembered_and_too_little
 
 
 @pytest.mark.parametrize("run", RUNS)
-@pytest.mark.parametrize("capacity", [64, 5])
-def test_votes_keep_pages_open(run, capacity):
+@pytest.mark.parametrize(("capacity", "stride"), [(64, 1), (5, 1), (64, 4)])
+def test_votes_keep_pages_open(run, capacity, stride):
     """A call that starts inside a chunk. Chunk 4's votes keep page 5, not page 7; 6 and 9 have votes of the own chunk, 6 is open there."""
     data = problem(144, 70, heads=6, kv_heads=2, seed=5)
     touched, opened, cast = (np.full((2, 36), fill, np.int32) for fill in (-2, 0, 0))
     touched[:, [5, 6, 7, 9]], opened[:, [5, 6, 7, 9]], cast[:, [5, 6, 7, 9]] = [4, 5, 4, 5], [0, 1, 1, 0], [4, 1, 3, 3]
-    stamps, votes = np.stack([touched, opened, cast]), Votes(4, 0.4)
+    stamps, votes = np.stack([touched, opened, cast]), Votes(4, 0.4, stride)
     expected, refused = check(run, data, 5 * CHUNK + 3, 61, stamps, None, capacity, 0.06, votes)
     first = 5 * CHUNK + 3
     assert all({5, 6} <= pages[first] for pages in expected)
@@ -187,7 +188,7 @@ def by_pairs(keys, dims):
 @pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize(
     ("first", "heads", "kv_heads", "head_dim", "pairs", "votes"),
-    [(0, 4, 2, 16, 2, Votes()), (5 * CHUNK + 3, 3, 1, 24, 5, Votes()), (7, 4, 2, 16, 3, Votes(3, 0.4))],
+    [(0, 4, 2, 16, 2, Votes()), (5 * CHUNK + 3, 3, 1, 24, 5, Votes()), (7, 4, 2, 16, 3, Votes(3, 0.4)), (7, 4, 2, 16, 3, Votes(2, 0.4, 2))],
 )
 def test_scan_by_rotary_pairs(run, first, heads, kv_heads, head_dim, pairs, votes):
     """A page counts as its mean key and, in the chosen pairs alone, its tokens' deviations from that."""

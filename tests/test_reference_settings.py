@@ -33,7 +33,8 @@ def test_settings(changes):
         {"sink_chunks": 0, "local_chunks": 0},
         {"sink_chunks": 4, "local_chunks": 0, "threshold": 0.3},
         {"votes": 3, "vote_share": 0.3, "threshold": 0.05},
-        {"votes": 8, "vote_share": 0.2, "local_chunks": 0, "threshold": 0.1},
+        {"votes": 3, "vote_share": 0.3, "threshold": 0.05, "vote_stride": 1},
+        {"votes": 4, "vote_share": 0.2, "local_chunks": 0, "threshold": 0.1, "vote_stride": 2},
         {"votes": 2, "vote_share": 0.3, "threshold": 0.05, "page_capacity": 7},
     ],
     ids=str,
@@ -45,7 +46,7 @@ def test_sketch_settings(changes):
 
 def test_votes_keep_pages_that_nobody_asked_for():
     """Some pages are open to a chunk though no query of it or of the one before asked for them, and others close that would have stayed."""
-    _, expected = check(*tensors(200), replace(SKETCH, votes=8, vote_share=0.1, threshold=0.1))
+    _, expected = check(*tensors(200), replace(SKETCH, votes=8, vote_share=0.1, vote_stride=1, threshold=0.1))
     _, usual = check(*tensors(200), replace(SKETCH, threshold=0.1))
     asked = expected.requested[:, 0].reshape(-1, 8, expected.requested.shape[-1])  # 25 half chunks of 8 queries
     lately = np.maximum.accumulate(asked, axis=1).any(1)

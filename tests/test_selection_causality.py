@@ -13,7 +13,7 @@ from hga_jax.config import HGAConfig, RopeConfig
 ROPE = RopeConfig(10000.0)
 SKETCH = HGAConfig(chunk_size=16, group_size=4, sink_chunks=1, local_chunks=1, policy="sketch", threshold=0.15, votes=0)
 PAIRS = replace(SKETCH, scan_pairs=3, threshold=0.1)
-VOTES = replace(SKETCH, votes=2, vote_share=0.5)
+VOTES = replace(SKETCH, votes=2, vote_share=0.5, vote_stride=2)
 PAPER = replace(SKETCH, policy="paper", top_chunks=2, top_groups=6)
 TOKENS = 150
 

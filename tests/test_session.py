@@ -42,7 +42,7 @@ def assert_same_states(a, b) -> None:
         np.testing.assert_array_equal(np.asarray(left), np.asarray(right))
 
 
-VOTES = HGAConfig(**vars(HGA) | {"votes": 5, "vote_share": 0.3, "threshold": 0.05})
+VOTES = HGAConfig(**vars(HGA) | {"votes": 3, "vote_share": 0.3, "vote_stride": 2, "threshold": 0.05})
 
 
 def what_matters(states) -> list:

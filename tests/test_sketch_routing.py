@@ -58,7 +58,7 @@ def pages_of(lists, k):
 def check(run, query, rotation, means, codes, scales, stamps, window, window_scores, *, own, closes=0, config=None, votes=0, **rules):
     """stamps: with votes, the three numbers of the reference."""
     data_stamps = np.asarray(stamps)
-    voting = {"votes": votes, "vote_share": rules.pop("vote_share", 1.0)}
+    voting = {"votes": votes, "vote_share": rules.pop("vote_share", 1.0), "voting": rules.pop("voting", True)}
 
     def still_open(stamps, chunk):
         return np.asarray(is_open(stamp_of(*stamps, votes), chunk, votes)) if votes else stamps >= chunk - 1
@@ -115,10 +115,11 @@ def test_same_pages_as_reference(run, heads, head_dim):
 
 
 @pytest.mark.parametrize("run", RUNS)
-@pytest.mark.parametrize("closes", [0, 1])
+@pytest.mark.parametrize(("closes", "voting"), [(0, True), (1, True), (1, False)])
 @pytest.mark.parametrize("capacity", [64, 8])
-def test_votes_keep_pages_open(run, closes, capacity):
-    """Votes of this chunk and of the one before, pages open and not; with the chunk's last token (closes) the votes decide."""
+def test_votes_keep_pages_open(run, closes, voting, capacity):
+    """Votes of this chunk and of the one before, pages open and not; with the chunk's last token (closes) the votes decide. Tokens that
+    have no vote ask for pages all the same."""
     data = problem(2, 7, 64, chunks=13, chunk=16, group=4, seed=11)
     rng = np.random.default_rng(0)
     touched, opened, cast = (rng.integers(*ends, (2, 52)).astype(np.int32) for ends in ((9, 13), (0, 2), (1, 6)))
@@ -127,7 +128,8 @@ def test_votes_keep_pages_open(run, closes, capacity):
         outside |= (np.arange(52) < 14) | (np.arange(52) >= 30)  # one page a list: what is open finds room, some requests do not
     stamps = np.stack([np.where(outside, -2, touched), np.where(outside, 0, opened), np.where(outside, 0, cast)])
     rules = {"sink_chunks": 2, "local_chunks": 2, "group_size": 4, "threshold": 0.03, "capacity": capacity, "scale": 0.125}
-    listed = check(run, *data[:5], stamps, *data[6:], own=12, closes=closes, votes=4, vote_share=0.3, config={"select_pages": 2}, **rules)
+    rules |= {"votes": 4, "vote_share": 0.3, "voting": voting}
+    listed = check(run, *data[:5], stamps, *data[6:], own=12, closes=closes, config={"select_pages": 2}, **rules)
     assert all(0 < len(pages) < 32 for pages in listed)
 
 

@@ -2,13 +2,14 @@
 
 Tokens are scanned as their sketches or, with `--scan-pairs`, in some rotary pairs. A setting is PAGESxWARPSxSTAGES of a program's steps,
 with `:ROWS` behind it for another number of rows a program. Keys and queries as in `python -m hga_jax.bench prefill`. Printed:
-milliseconds of the three launches, the rate of the second, pages scored twice in a program (row tile of a block), and requests that
-differ from the first setting's.
+milliseconds of the launches, the rate of the second, pages scored twice in a program (row tile of a block), and requests that differ
+from the first setting's.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from typing import Any
 
@@ -23,9 +24,10 @@ from hga_jax.config import HGAConfig
 from hga_jax.policies import policy_for
 from hga_jax.sketches import built_in_rotation
 from pallas_kernels.sketch_prefill_routing import Config, Rule, Tile
+from pallas_kernels.sketch_prefill_routing.api import some_rows
 from pallas_kernels.sketch_prefill_routing.keys import page_keys
 from pallas_kernels.sketch_prefill_routing.pairs import choose_dims, pair_keys, pair_queries, query_energy
-from pallas_kernels.sketch_prefill_routing.scan import mark, settle
+from pallas_kernels.sketch_prefill_routing.scan import mark, settle, votes
 
 SETTINGS = ("64x8x3", "64x8x4", "32x8x3", "128x8x3", "64x16x3:256")
 
@@ -50,6 +52,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--candidates", type=int, default=Config().candidates, help="room of a program for pages scored twice")
     parser.add_argument("--votes", type=int, help="votes that keep a page open, counted too; 0: any request does (default: as HGAConfig)")
     parser.add_argument("--vote-share", type=float, default=HGAConfig().vote_share, help="share of the threshold that makes a vote")
+    parser.add_argument("--vote-stride", type=int, default=HGAConfig().vote_stride, help="every how manyth query votes")
     parser.add_argument("--interpret", action="store_true", help="in Pallas' interpreter, without times")
     parser.add_argument("--json", help="write the results here")
     options = parser.parse_args(argv)
@@ -61,11 +64,12 @@ def main(argv: list[str]) -> None:
     print(environment(), flush=True)
 
     query, keys, values = made_up(options.tokens, heads, kv_heads, head_dim, options.pages)
-    votes = HGAConfig().votes_for(heads // kv_heads) if options.votes is None else options.votes
-    config = HGAConfig(scan_pairs=options.scan_pairs, votes=votes)
+    needed = HGAConfig().votes_for(heads // kv_heads) if options.votes is None else options.votes
+    config = HGAConfig(scan_pairs=options.scan_pairs, votes=needed)
     pages = DeviceHistory.holding(keys, values, GROUP, options.tokens).pages
     operands = (pairs_of if options.scan_pairs else sketches_of)(query, keys, pages, config, options)
-    rule = Rule(CHUNK, GROUP, SINKS, LOCAL, head_dim**-0.5, votes=votes, vote_share=options.vote_share)
+    voting = {"votes": needed, "vote_share": options.vote_share, "vote_stride": options.vote_stride}
+    rule = Rule(CHUNK, GROUP, SINKS, LOCAL, head_dim**-0.5, **voting)
     results: list[dict[str, Any]] = []
     expected = None
     for name, kernels in settings.items():
@@ -80,7 +84,8 @@ def main(argv: list[str]) -> None:
         results.append(result)
         print(
             f"{name:18s} windows {result['windows_ms']:6.2f}, pages {result['pages_ms']:6.2f} ({result['tera_operations']:5.0f} TOP/s), "
-            f"requests {result['requests_ms']:6.2f} ms; scored twice {result['candidates_mean']:.1f} (most {result['candidates_most']}, "
+            f"requests {result['requests_ms']:6.2f}, votes {result['votes_ms']:6.2f} ms; "
+            f"scored twice {result['candidates_mean']:.1f} (most {result['candidates_most']}, "
             f"{result['overflows']} of {result['programs']} without room); "
             f"requests changed {result['requests_changed']} of {result['requests']}",
             flush=True,
@@ -136,7 +141,15 @@ def measure(
 
     def scan() -> tuple[jax.Array, jax.Array]:
         _, mass, marks = marking(query, bounds, pages, keys, *few)
-        return marks, settling(query, bounds, keys, mass, marks, *few)[0]
+        if rule.votes:
+            jax.block_until_ready(counting(query, bounds, keys, mass, *few))
+        return marks, settling(query, bounds, keys, mass, marks, *few)
+
+    @jax.jit
+    def counting(q: jax.Array, b: jax.Array, k: jax.Array, mass: jax.Array, *few: jax.Array) -> jax.Array:
+        voters = dataclasses.replace(rule, stride=rule.vote_stride)
+        settled = common | {"threshold": threshold * rule.vote_share, "rule": voters}
+        return votes(q, b, k, some_rows(mass, rule, rule.vote_stride), *few, **settled)
 
     blocks = tokens // CHUNK
     page, first = np.arange(tokens // GROUP), SINKS * CHUNK // GROUP
@@ -146,7 +159,7 @@ def measure(
     times = {} if options.interpret else kernel_times(lambda: [scan() for _ in range(2)])
     parts = {
         f"{name}_ms": sum(us for kernel, (_, us) in times.items() if f"scan_{name}" in kernel) / 1e3
-        for name in ("windows", "pages", "requests")
+        for name in ("windows", "pages", "requests", "votes")
     }
     operations = 2 * heads * CHUNK * width * int(there.sum()) * GROUP
     result = {

@@ -24,9 +24,8 @@ class Choice:
         """The settings that matter to this choice, for reports."""
         if self.hga is None:
             return {}
-        other = {"paper": ("threshold", "votes", "vote_share", "page_capacity"), "sketch": ("top_chunks", "top_groups", "summary")}[
-            self.hga.policy
-        ]
+        sketch, paper = ("threshold", "votes", "vote_share", "vote_stride", "page_capacity"), ("top_chunks", "top_groups", "summary")
+        other = sketch if self.hga.policy == "paper" else paper
         return {f.name: getattr(self.hga, f.name) for f in fields(self.hga) if f.name not in other}
 
 

@@ -61,7 +61,7 @@ def layer_mass(
         window = (page_start < sinks) | (page_start >= local)
         windows_total = jax.nn.logsumexp(jnp.where(window, by_page, -jnp.inf), axis=-1)
         live = positions < count
-        requests = policy.request(q[:, None], live[None], chunk[None], state.summaries, windows_total[:, None])
+        requests = policy.request(q[:, None], live[None], positions[None], state.summaries, windows_total[:, None])
         granted = policy.grant(requests, jnp.int32(0), chunk, stamps)
         since = _first_rows(granted.selection.pages, granted.selection.since, len(page_start), block)  # [K, R, P]
         opened = since[:, :, None, :] <= rows[:, None]

@@ -58,7 +58,7 @@ def describe(model: Any, backend: AttentionBackend) -> dict[str, Any]:
         if backend.config.counts_votes:
             attention["stamps"] = STAMPS_VERSION
         else:
-            del attention["vote_share"]
+            attention = {name: value for name, value in attention.items() if name not in ("vote_share", "vote_stride")}
     elif isinstance(backend, DenseAttention):
         attention = {"kind": "dense", "page_size": backend.page_size}
     else:

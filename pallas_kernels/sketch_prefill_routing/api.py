@@ -41,6 +41,7 @@ class _Steps:
     """One implementation of each step."""
 
     scan: Any
+    votes: Any
     probe_mass: Any
     refine: Any
     listed_mass: Any
@@ -49,10 +50,10 @@ class _Steps:
 
 def _steps(implementation: str, config: Config, interpret: bool) -> _Steps:
     if implementation == "xla":
-        return _Steps(xla.scan, xla.probe_mass, xla.refine, xla.listed_mass, xla.page_lists)
+        return _Steps(xla.scan, xla.votes, xla.probe_mass, xla.refine, xla.listed_mass, xla.page_lists)
     if implementation != "pallas":
         raise ValueError(f"{implementation=}: choose pallas or xla")
-    functions = (scan.scan, kernel.probe_mass, kernel.refine, kernel.listed_mass, lists.page_lists)
+    functions = (scan.scan, scan.votes, kernel.probe_mass, kernel.refine, kernel.listed_mass, lists.page_lists)
     return _Steps(*(partial(function, config=config, interpret=interpret) for function in functions))
 
 
@@ -77,7 +78,8 @@ def route(
     query: post-RoPE. pages: the exact history, which holds all keys up to the last live query's. keys: from keys.page_keys or,
     without a screen, from pairs.pair_keys.
     A probing row asks for every page whose share of its estimated attention mass reaches `threshold`; all heads of the kv head see it from
-    that row on to the end of the next chunk, or, with rule.votes, to the end of its own and, given enough votes there, throughout the next.
+    that row on to the end of the next chunk. With rule.votes, to the end of its own, and given enough votes of every rule.vote_stride-th
+    query there, throughout the next.
     Requests beyond `capacity` pages a list are refused, in order of (row, page id).
 
     screen None: every query probes every page by its sketched keys. Otherwise every screen.stride-th query screens them by their means and
@@ -89,33 +91,38 @@ def route(
     steps = _steps(implementation, config or Config(), interpret)
     bounds = jnp.stack([first_position, count]).astype(jnp.int32)
     capacity = min(capacity, stamps.shape[1])
-    few: tuple = ()
+    few, votes = (), None
     if isinstance(keys, PairKeys):
         few = pair_queries(query, keys.dims), keys.means
     if screen is None:
         rule, vectors, spreads = replace(rule, stride=1), keys.tokens, None
-        window, mass, first, votes = steps.scan(query, bounds, pages, keys.tokens, *few, threshold=threshold, rule=rule)
+        window, mass, first = steps.scan(query, bounds, pages, keys.tokens, *few, threshold=threshold, rule=rule)
+        if rule.votes:
+            voters = replace(rule, stride=rule.vote_stride)
+            voting = some_rows(mass, rule, rule.vote_stride)
+            votes = steps.votes(query, bounds, keys.tokens, voting, *few, threshold=threshold * rule.vote_share, rule=voters)
     else:
         rule = replace(rule, stride=screen.stride, spread=screen.spread)
         vectors, spreads = keys.means, keys.spreads
         window, mass, wide = steps.probe_mass(query, bounds, pages, vectors, spreads, threshold=threshold * screen.margin, rule=rule)
         never = jnp.full_like(stamps, -2)
         *candidates, counts = steps.page_lists(wide, never, bounds, capacity=min(screen.capacity, stamps.shape[1]), rule=rule)
-        asking, votes = replace(rule, stride=screen.request_stride), None
+        asking = replace(rule, stride=screen.request_stride)
         first = steps.refine(query, bounds, pages, keys, *candidates, counts[..., 0], threshold=threshold * screen.threshold, rule=asking)
     lists_of = _lists if votes is None else partial(_lists_by_votes, votes)
     ids, since, counts, stamps = lists_of(first, stamps, bounds, steps, capacity=capacity, rule=rule)
     if COUNTED % rule.stride == 0 and rule.chunk_size % COUNTED == 0:
-        window, mass, rule = _some_rows(window, rule), _some_rows(mass, rule), replace(rule, stride=COUNTED)
+        window, mass, rule = some_rows(window, rule, COUNTED), some_rows(mass, rule, COUNTED), replace(rule, stride=COUNTED)
     opened = steps.listed_mass(query, bounds, vectors, spreads, mass, ids, since, counts[..., 0], *few, rule=rule)
     unopened = jnp.maximum(1 - jnp.exp(window - mass) - opened, 0)
     unopened = jnp.where(_live(bounds, unopened.shape[1:], query.shape[1] // len(pages), rule), unopened, 0).sum()
     return PageLists(ids, since, counts[..., 0], stamps, counts[..., 1].sum(), unopened * (rule.stride / query.shape[1]))
 
 
-def _some_rows(mass: Float[Array, "K B r"], rule: Rule) -> Float[Array, "K B some"]:
+def some_rows(mass: Float[Array, "K B r"], rule: Rule, stride: int) -> Float[Array, "K B some"]:
+    """Those of every stride-th position in place of every rule.stride-th."""
     by_query = mass.reshape(*mass.shape[:2], rule.probes, -1)
-    return by_query[:, :, :: COUNTED // rule.stride].reshape(*mass.shape[:2], -1)
+    return by_query[:, :, :: stride // rule.stride].reshape(*mass.shape[:2], -1)
 
 
 def _lists(first, stamps, bounds, steps: _Steps, *, capacity: int, rule: Rule) -> tuple[Array, Array, Array, Array]:
@@ -148,7 +155,7 @@ def _lists_by_votes(votes, first, stamps, bounds, steps: _Steps, *, capacity: in
 
     opened = kept | lax.cond(jnp.any(counts[..., 1] > 0), listed, lambda: asked)
     after = stamp_of(own, opened, cast + votes_in(stamps[:, None], own, rule.votes), rule.votes)
-    return ids, since, counts, jnp.maximum(stamps, jnp.where(cast > 0, after, NEVER).max(1))
+    return ids, since, counts, jnp.maximum(stamps, jnp.where((cast > 0) | opened & ~kept, after, NEVER).max(1))
 
 
 def _live(bounds: Int[Array, " 2"], shape: tuple[int, int], ratio: int, rule: Rule) -> Array:

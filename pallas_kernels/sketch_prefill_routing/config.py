@@ -15,6 +15,7 @@ class Rule:
     middle. stride: positions p with p % stride == 0 are probes; the other queries ask for nothing themselves.
     scale: of the scores. spread: how many standard deviations above its mean a page counts, where a page is summarised by both.
     votes: rows of a chunk for which a page must reach vote_share of the threshold to stay open to the next chunk; 0: any request does it.
+    vote_stride: positions p with p % vote_stride == 0 vote.
     """
 
     chunk_size: int
@@ -26,10 +27,14 @@ class Rule:
     spread: float = 0.0
     votes: int = 0
     vote_share: float = 1.0
+    vote_stride: int = 1
 
     def __post_init__(self):
-        if self.chunk_size % self.group_size or self.chunk_size % self.stride:
-            raise ValueError(f"chunk_size={self.chunk_size} must be a multiple of group_size={self.group_size} and stride={self.stride}")
+        if self.chunk_size % self.group_size or self.chunk_size % self.stride or self.chunk_size % self.vote_stride:
+            raise ValueError(
+                f"chunk_size={self.chunk_size} must be a multiple of group_size={self.group_size}, stride={self.stride} and "
+                f"vote_stride={self.vote_stride}"
+            )
 
     @property
     def pages_per_chunk(self) -> int:

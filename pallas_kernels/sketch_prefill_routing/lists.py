@@ -22,7 +22,7 @@ def _lists_kernel(
     bounds_ref,  # [2] i32: position of query row 0, live rows
     first_ref,  # [K, B, tiles, P]
     stamps_ref,  # [K, P] i32
-    *refs,  # votes [K, B, tiles, P] where they count, then out: ids, since [K, B, M] i32, counts [K, B, 2] i32: listed, refused
+    *refs,  # votes [K, B, their tiles, P] where they count, then out: ids, since [K, B, M] i32, counts [K, B, 2] i32: listed, refused
     rule: Rule,
     config: Config,
 ):
@@ -46,7 +46,8 @@ def _lists_kernel(
     def cast(b: Any, page: Any, until: Any) -> Array:
         """The votes of block b for each page."""
         mask = (page >= first_page) & (page < until)
-        votes = [plgpu.load(votes_refs[0].at[outer(k, b, tile, page)], mask=mask, other=0).astype(jnp.int32) for tile in range(tiles)]
+        [ref] = votes_refs
+        votes = [plgpu.load(ref.at[outer(k, b, tile, page)], mask=mask, other=0).astype(jnp.int32) for tile in range(ref.shape[2])]
         return jnp.where(mask, sum(votes), 0)
 
     def look(i: Any) -> tuple[Array, Array, Array]:
@@ -118,7 +119,7 @@ def page_lists(
     rule: Rule,
     config: Config,
     interpret: bool,
-    votes: Int[Array, "K B tiles P"] | None = None,
+    votes: Int[Array, "K B voting P"] | None = None,
 ) -> tuple[Int[Array, "K B M"], Int[Array, "K B M"], Int[Array, "K B 2"]]:
     """(ids ascending, since, [listed, refused]) of each block; slots from `listed` on are not written."""
     kv_heads, blocks, _, _ = first.shape

@@ -7,7 +7,7 @@ import numpy as np
 
 def reference_route(
     query, keys, sketched, stamps, first_position, count, *, chunk_size, group_size, sink_chunks, local_chunks, scale, threshold, capacity,
-    screen=None, votes=0, vote_share=1.0,
+    screen=None, votes=0, vote_share=1.0, vote_stride=1,
 ):  # fmt: skip
     """query [T, N, H]; keys [K, S, H] exact; sketched [K, S, H]. screen: None, or a dict with the fields of config.Screen.
 
@@ -78,7 +78,8 @@ def reference_route(
                     pool, bound = sorted(candidates) if screen else list(middle), np.log(threshold * (screen["threshold"] if screen else 1))
                     totals = [log_sum([window, *(cheap[p] for p in pool)]) for _, cheap, window in heads]
                     reached = [[reaches(exact[p], total + bound) for (exact, *_), total in zip(heads, totals, strict=True)] for p in pool]
-                    for p, (exact, *_), total in ((p, *x) for p in voted_here for x in zip(heads, totals, strict=True)):
+                    voters = zip(heads, totals, strict=True) if t % vote_stride == 0 else ()
+                    for (exact, *_), total, p in ((*x, p) for x in voters for p in voted_here):
                         voted_here[p] += reaches(exact[p], total + bound + np.log(vote_share))
                     for p in (p for p, any_head in zip(pool, reached, strict=True) if np.any(any_head)):
                         if p not in listed and len(listed) < capacity:
@@ -93,7 +94,7 @@ def reference_route(
             if votes:
                 refused += len(set(carried) - set(listed) - turned_down)
                 for p in middle:
-                    if voted_here[p] > 0:
+                    if voted_here[p] > 0 or (p in listed and p not in carried):
                         touched[k, p], opened[k, p], cast[k, p] = own, p in listed or p in carried, voted_here[p]
             for row, heads in screened:
                 for cheap, total in heads:

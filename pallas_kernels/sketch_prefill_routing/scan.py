@@ -1,9 +1,10 @@
-"""The scan: every query against every page of the routed middle, in three launches of one program per (row tile, block, kv head).
+"""The scan: every query against every page of the routed middle, in launches of one program per (row tile, block, kv head).
 
 `scan_windows`: each row's exact window scores. `scan_pages`: every page once, newest first; a row judges each by the mass met so far, which
-only grows, so that a page which nobody then asks for is settled. `scan_requests`: the others again, by all of the mass.
+only grows, so that a page which nobody then asks for is settled. `scan_requests`: the others again, by all of the mass. `scan_votes`, where
+votes count: every page again, for the few queries that vote.
 
-Three launches because of registers: two programs have to fit on a multiprocessor, or nothing hides what one of them waits for.
+Launches apart because of registers: two programs have to fit on a multiprocessor, or nothing hides what one of them waits for.
 """
 
 from __future__ import annotations
@@ -130,9 +131,8 @@ def _requests_kernel(
     list_pages: int,
     interpret: bool,
 ):
-    """The first row that asks for each page, and who votes for it: among the marked ones, or, if there is no room for them, all."""
-    votes_refs = refs[-1:] if rule.votes else ()  # [K, B, tiles, P] out: rows that vote for a page
-    *refs, first_ref, candidates_ref = refs[: len(refs) - len(votes_refs)]  # [K, B, tiles, P]; [K, B, tiles, room] i32: the marked pages
+    """The first row that asks for each page: among the marked ones, or, if there is no room for them, all."""
+    *refs, first_ref, candidates_ref = refs  # [K, B, tiles, P]; [K, B, tiles, room] i32: the marked pages
     few_ref, means_ref = refs or (None, None)
     tile, block, k, probes = _program(bounds_ref, query_ref, ratio, size, rule, few_ref)
     none, room = rule.chunk_size, candidates_ref.shape[3]
@@ -141,7 +141,6 @@ def _requests_kernel(
     def _():
         first, end = routed_middle(probes.own_chunk, rule)
         bound = request_bound(mass_ref, k, block, probes, threshold)
-        vote_bound = bound + math.log2(rule.vote_share)
         step = min(list_pages, pl.next_power_of_2(first_ref.shape[3]))
 
         def collect(i: Any, found: Any) -> Any:
@@ -151,8 +150,6 @@ def _requests_kernel(
             slot = found + jnp.cumsum(near, axis=0) - 1
             put = (near > 0) & (slot < room)
             plgpu.store(candidates_ref.at[outer(k, block, tile, jnp.where(put, slot, room))], page, mask=put)
-            for ref in votes_refs:
-                plgpu.store(ref.at[outer(k, block, tile, page)], jnp.zeros((step,), ref.dtype), mask=page < end)
             return found + jnp.sum(near)
 
         found = lax.fori_loop(0, (end - first + step - 1) // step, collect, jnp.int32(0))
@@ -170,11 +167,40 @@ def _requests_kernel(
             rows = first_rows(scores, bound, None, probes, none)
             page = jnp.where(there, page, first_ref.shape[3])
             plgpu.store(first_ref.at[outer(k, block, tile, page)], rows.astype(first_ref.dtype), mask=there)
-            for ref in votes_refs:
-                votes = jnp.sum((scores >= vote_bound[:, None]).astype(jnp.int32), axis=0)
-                plgpu.store(ref.at[outer(k, block, tile, page)], votes.astype(ref.dtype), mask=there)
 
         lax.fori_loop(0, (wanted + tile_pages - 1) // tile_pages, request, None)
+
+
+def _votes_kernel(
+    bounds_ref,  # [2] i32: position of query row 0, live rows
+    query_ref,  # [T, N, H]
+    keys_ref,  # [K, parts, P, d] tokens of pages
+    mass_ref,  # [K, B, rows] f32, of the voters
+    *refs,  # where d is not H: few [T, N, d], means [K, 1, P, H]
+    ratio: int,
+    size: int,
+    threshold: float,
+    rule: Rule,
+    tile_pages: int,
+    interpret: bool,
+):
+    """How many of the rows give each page the threshold's share of their mass."""
+    *refs, votes_ref = refs  # [K, B, tiles, P] out
+    few_ref, means_ref = refs or (None, None)
+    tile, block, k, probes = _program(bounds_ref, query_ref, ratio, size, rule, few_ref)
+
+    @pl.when(probes.block_live)
+    def _():
+        first, end = routed_middle(probes.own_chunk, rule)
+        bound = request_bound(mass_ref, k, block, probes, threshold)
+
+        def count(i: Any, _: None) -> None:
+            page = span(first + i * tile_pages, tile_pages)
+            scores = page_scores(probes, keys_ref, None, None, k, page, page < end, rule, means_ref)
+            cast = jnp.sum((scores >= bound[:, None]).astype(jnp.int32), axis=0)
+            plgpu.store(votes_ref.at[outer(k, block, tile, page)], cast.astype(votes_ref.dtype), mask=page < end)
+
+        lax.fori_loop(0, (end - first + tile_pages - 1) // tile_pages, count, None)
 
 
 def mark(
@@ -190,11 +216,11 @@ def mark(
     config: Config,
     interpret: bool,
 ) -> tuple[Float[Array, "K B r"], Float[Array, "K B r"], Int[Array, "K B tiles P"]]:
-    """The masses of `scan`, and marks: 0 for pages that a row of a tile may ask or vote for, chunk_size for others of the routed middle."""
+    """The masses of `scan`, and marks: 0 for pages that a row of a tile may ask for, chunk_size for others of the routed middle."""
     call, first = _launches(query, keys, rule, config, interpret)
     mass = jax.ShapeDtypeStruct((*first.shape[:2], rule.probes * query.shape[1] // first.shape[0]), jnp.float32)
     [window] = call(_windows_kernel, "scan_windows", [mass], [bounds, query, pages])
-    kernel = partial(_pages_kernel, threshold=threshold * rule.vote_share if rule.votes else threshold)
+    kernel = partial(_pages_kernel, threshold=threshold)
     return window, *call(kernel, "scan_pages", [mass, first], [bounds, query, window, keys, few, means])
 
 
@@ -211,15 +237,32 @@ def settle(
     rule: Rule,
     config: Config,
     interpret: bool,
-) -> tuple[Int[Array, "K B tiles P"], Int[Array, "K B tiles P"] | None]:
-    """First rows in place of marks, and votes where they count."""
+) -> Int[Array, "K B tiles P"]:
+    """First rows in place of marks."""
     call, first = _launches(query, keys, rule, config, interpret)
     candidates = jax.ShapeDtypeStruct((*first.shape[:3], min(config.candidates, first.shape[3])), jnp.int32)
     kernel = partial(_requests_kernel, threshold=threshold, list_pages=config.list_pages)
-    votes = [jax.ShapeDtypeStruct(first.shape, jnp.int16)] if rule.votes else []
-    operands = [bounds, query, keys, mass, marks, few, means]
-    found = call(kernel, "scan_requests", [first, candidates, *votes], operands, aliases={4: 0})
-    return found[0], found[2] if rule.votes else None
+    return call(kernel, "scan_requests", [first, candidates], [bounds, query, keys, mass, marks, few, means], aliases={4: 0})[0]
+
+
+def votes(
+    query: Float[Array, "T N H"],
+    bounds: Int[Array, " 2"],
+    keys: Float[Array, "K parts P d"],
+    mass: Float[Array, "K B r"],
+    few: Float[Array, "T N d"] | None = None,
+    means: Float[Array, "K 1 P H"] | None = None,
+    *,
+    threshold: float,
+    rule: Rule,
+    config: Config,
+    interpret: bool,
+) -> Int[Array, "K B tiles P"]:
+    """By row tile, how many (query, head) rows of each chunk give a page the threshold's share of their mass; rule.stride: who is asked.
+    mass: as from `scan`, of those rows. What lies outside a block's routed middle is not written."""
+    call, first = _launches(query, keys, rule, config, interpret)
+    kernel, cast = partial(_votes_kernel, threshold=threshold), jax.ShapeDtypeStruct(first.shape, jnp.int16)
+    return call(kernel, "scan_votes", [cast], [bounds, query, keys, mass, few, means])[0]
 
 
 def _launches(
@@ -240,11 +283,10 @@ def scan(
     few: Float[Array, "T N d"] | None = None,
     means: Float[Array, "K 1 P H"] | None = None,
     **settings: Any,
-) -> tuple[Float[Array, "K B r"], Float[Array, "K B r"], Int[Array, "K B tiles P"], Int[Array, "K B tiles P"] | None]:
+) -> tuple[Float[Array, "K B r"], Float[Array, "K B r"], Int[Array, "K B tiles P"]]:
     """Log of the summed exponentials of each row's exact window scores, and of those and all page scores together; and, by row tile, the
-    first row of each chunk that asks for a page and the number that vote for it (None: votes do not count); what lies outside a block's
-    routed middle is not written. few, means: where keys are deviations from their page's mean in few coordinates, the queries in those, and
-    the means. settings: those of `mark`.
+    first row of each chunk that asks for a page; what lies outside a block's routed middle is not written. few, means: where keys are
+    deviations from their page's mean in few coordinates, the queries in those, and the means. settings: those of `mark`.
     """
     window, mass, marks = mark(query, bounds, pages, keys, few, means, **settings)
-    return window, mass, *settle(query, bounds, keys, mass, marks, few, means, **settings)
+    return window, mass, settle(query, bounds, keys, mass, marks, few, means, **settings)

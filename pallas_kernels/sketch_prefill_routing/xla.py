@@ -93,7 +93,7 @@ def scan(query, bounds, pages, keys, few=None, means=None, *, threshold: float, 
         return _page_scores(rows, keys, None, rule, *_few(few, means, bounds, block, rule))
 
     window, mass = _masses(query, bounds, pages, scores_of, rule)
-    return window, mass, *_requests(query, bounds, len(keys), scores_of, mass, threshold, rule)
+    return window, mass, _requests(query, bounds, len(keys), scores_of, mass, threshold, rule)
 
 
 def _few(few, means, bounds, block, rule: Rule) -> tuple[Array, Array] | tuple[None, None]:
@@ -108,26 +108,38 @@ def probe_mass(query, bounds, pages, means, spreads, *, threshold: float, rule: 
         return _page_scores(rows, means, spreads, rule)
 
     window, mass = _masses(query, bounds, pages, scores_of, rule)
-    return window, mass, _requests(query, bounds, len(means), scores_of, window, threshold, rule)[0]
+    return window, mass, _requests(query, bounds, len(means), scores_of, window, threshold, rule)
 
 
-def _requests(
-    query, bounds, kv_heads: int, scores_of, mass, threshold: float, rule: Rule
-) -> tuple[Int[Array, "K B 1 P"], Int[Array, "K B 1 P"] | None]:
+def votes(query, bounds, keys, mass, few=None, means=None, *, threshold: float, rule: Rule) -> Int[Array, "K B 1 P"]:
+    """See scan.votes; everything is written."""
 
-    def one(block: Int[Array, ""]) -> tuple[Array, Array | None]:
-        rows, _, offset, live = _rows(query, bounds, block, kv_heads, rule)
-        scores = scores_of(rows, block)
-        scores = jnp.where(middle(bounds, block, scores.shape[2], rule), scores, -jnp.inf)
+    def scores_of(rows: Array, block: Array) -> Array:
+        return _page_scores(rows, keys, None, rule, *_few(few, means, bounds, block, rule))
 
-        def reaching(share: float) -> Array:
-            return live[:, None] & (scores >= (mass[:, block] + math.log(share))[..., None])
+    def one(block: Int[Array, ""]) -> Array:
+        return jnp.sum(_reaching(query, bounds, len(keys), scores_of, mass, threshold, rule, block)[0], axis=1)
 
-        first = jnp.min(jnp.where(reaching(threshold), offset[:, None], rule.chunk_size), axis=1)
-        return first, jnp.sum(reaching(threshold * rule.vote_share), axis=1) if rule.votes else None
+    return lax.map(one, jnp.arange(mass.shape[1])).swapaxes(0, 1)[:, :, None]
 
-    found = lax.map(one, jnp.arange(mass.shape[1]))
-    return jax.tree.map(lambda x: x.swapaxes(0, 1)[:, :, None], found)
+
+def _requests(query, bounds, kv_heads: int, scores_of, mass, threshold: float, rule: Rule) -> Int[Array, "K B 1 P"]:
+
+    def one(block: Int[Array, ""]) -> Array:
+        reached, offset = _reaching(query, bounds, kv_heads, scores_of, mass, threshold, rule, block)
+        return jnp.min(jnp.where(reached, offset[:, None], rule.chunk_size), axis=1)
+
+    return lax.map(one, jnp.arange(mass.shape[1])).swapaxes(0, 1)[:, :, None]
+
+
+def _reaching(
+    query, bounds, kv_heads: int, scores_of, mass, threshold: float, rule: Rule, block: Int[Array, ""]
+) -> tuple[Bool[Array, "K r P"], Int[Array, " r"]]:
+    """Which pages of the routed middle have the threshold's share of the mass of each probing row of a block, and the rows' offsets."""
+    rows, _, offset, live = _rows(query, bounds, block, kv_heads, rule)
+    scores = scores_of(rows, block)
+    scores = jnp.where(middle(bounds, block, scores.shape[2], rule), scores, -jnp.inf)
+    return live[:, None] & (scores >= (mass[:, block] + math.log(threshold))[..., None]), offset
 
 
 def _listed(query, bounds, block, keys, spreads, ids, since, counts, rule: Rule, few=None, means=None):

@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from pallas_kernels.sketch_routing import kernel, xla
 from pallas_kernels.sketch_routing.config import Config
@@ -62,17 +62,20 @@ class ScanQuery(NamedTuple):
     chunk_scores: Float[Array, "K C Gp"]
 
 
-def middle_of(own_chunk: Int[Array, ""], next_chunk: Int[Array, ""], sink_chunks: int, local_chunks: int) -> Int[Array, " 4"]:
-    """First and end of the routed middle for a token of `own_chunk`, that chunk, the next token's chunk: what the kernels read."""
+def middle_of(
+    own_chunk: Int[Array, ""], next_chunk: Int[Array, ""], sink_chunks: int, local_chunks: int, voting: Bool[Array, ""] | bool = True
+) -> Int[Array, " 5"]:
+    """First and end of the routed middle for a token of `own_chunk`, that chunk, the next token's chunk, and, where votes count, 1 if the
+    token has one: what the kernels read."""
     end = jnp.maximum(own_chunk - local_chunks, sink_chunks)
-    return jnp.stack([jnp.int32(sink_chunks), end, own_chunk, next_chunk]).astype(jnp.int32)
+    return jnp.stack([jnp.int32(sink_chunks), end, own_chunk, next_chunk, jnp.int32(voting)]).astype(jnp.int32)
 
 
 def prepare(
     query: Float[Array, "K G H"],
     rotation: Float[Array, "H H"],
     means: Float[Array, "K C H"],
-    middle: Int[Array, " 4"],
+    middle: Int[Array, " 5"],
     *,
     implementation: Literal["pallas", "xla"] = "xla",
     interpret: bool = False,
@@ -181,6 +184,7 @@ def sketch_routing(
     scale: float,
     votes: int = 0,
     vote_share: float = 1.0,
+    voting: Bool[Array, ""] | bool = True,
     implementation: Literal["pallas", "xla"],
     config: Config | None = None,
     interpret: bool = False,
@@ -191,10 +195,11 @@ def sketch_routing(
     rotated residuals. window[:, :, 0] and [:, :, 1]: largest exact score and sum of exp(score - largest) of each split of the windows, from
     `routed_decode_attention.window_attention`. stamps: updated in place when donated. votes: 0, and requests stay open to the end of the
     next chunk; otherwise to the end of their own, and pages to which so many (query, head) pairs of a chunk give vote_share * threshold of
-    their mass (a share of 1 at most) stay open to all of the next. Source: README, the sketch policy.
+    their mass (a share of 1 at most) stay open to all of the next; voting: whether this token's count. Source: README, the sketch
+    policy.
     """
     check_sketch(means.shape[1], codes.shape[1], group_size)
-    middle = middle_of(own_chunk, next_chunk, sink_chunks, local_chunks)
+    middle = middle_of(own_chunk, next_chunk, sink_chunks, local_chunks, voting)
     prepared = prepare(query, rotation, means, middle, implementation=implementation, interpret=interpret)
     heads, chunk_size = query.shape[1], codes.shape[1] // means.shape[1]
     how = {"implementation": implementation, "config": config, "interpret": interpret}
@@ -215,7 +220,7 @@ def scan(
     prepared: ScanQuery,
     codes: UInt8[Array, "K S B"],
     scales: Float[Array, "K S"],
-    middle: Int[Array, " 4"],
+    middle: Int[Array, " 5"],
     *,
     heads: int,
     group_size: int,
@@ -237,7 +242,7 @@ def select(
     scores: Scores,
     window: Float[Array, "K splits 2 G"],
     stamps: Int[Array, "K P"],
-    middle: Int[Array, " 4"],
+    middle: Int[Array, " 5"],
     *,
     pages_per_chunk: int,
     threshold: float,

@@ -70,7 +70,7 @@ def scan_program(
     chunk_scores_ref,  # [K, C, Gp] f32 device: query . mean
     codes_ref,  # [K, S, H/4] u8 device
     scales_ref,  # [K, S] device
-    chunks_ref,  # [4] i32 device: first and end of the routed middle, own chunk, the next token's chunk
+    chunks_ref,  # [5] i32 device: first and end of the routed middle, own chunk, the next token's chunk, whether the token votes
     scores_ref,  # [K, P, Gp] f32 device, out
     partial_ref,  # [K, programs, 2, Gp] f32 device, out: largest score the program saw and sum of exp(score - largest)
     *,
@@ -159,7 +159,7 @@ def scan(
     chunk_scores: Float[Array, "K C Gp"],
     codes: UInt8[Array, "K S B"],
     scales: Float[Array, "K S"],
-    chunks: Int[Array, " 4"],
+    chunks: Int[Array, " 5"],
     *,
     heads: int,
     group_size: int,
@@ -186,7 +186,7 @@ def _prepare_kernel(
     query_ref,  # [K, G, H] device
     rotation_ref,  # [H, H] f32 device
     means_ref,  # [K, C, H] device
-    chunks_ref,  # [4] i32 device, as for the scan
+    chunks_ref,  # [5] i32 device, as for the scan
     rotated_ref,  # [K, 2*Gp, H] f16 device, out
     chunk_scores_ref,  # [K, C, Gp] f32 device, out; nothing beyond the routed middle
     *,
@@ -224,7 +224,7 @@ def _prepare_kernel(
 
 
 def prepare(
-    query: Float[Array, "K G H"], rotation: Float[Array, "H H"], means: Float[Array, "K C H"], chunks: Int[Array, " 4"], *, interpret: bool
+    query: Float[Array, "K G H"], rotation: Float[Array, "H H"], means: Float[Array, "K C H"], chunks: Int[Array, " 5"], *, interpret: bool
 ) -> tuple[Float[Array, "K rows H"], Float[Array, "K C Gp"]]:
     """(rotated, chunk_scores); see api.ScanQuery."""
     kv_heads, heads, head_dim = query.shape
@@ -260,7 +260,7 @@ def select_program(
     partial_ref,  # [K, programs, 2, Gp] f32 device
     window_ref,  # [K, splits, 2, G] f32 device: the same of the exact window scores
     stamps_ref,  # [K, P] i32 device
-    chunks_ref,  # [4] i32 device: first and end of the routed middle, own chunk, the next token's chunk
+    chunks_ref,  # [5] i32 device: first and end of the routed middle, own chunk, the next token's chunk, whether the token votes
     stamps_out_ref,  # [K, P] i32 device, the same buffer as stamps_ref
     counts_ref,  # [K, parts, 2] i32 device, out: pages visible, requests refused
     unopened_ref,  # [K, parts, G] f32 device, out: estimated share of the mass that lies in pages not visible
@@ -281,7 +281,7 @@ def select_program(
     step = min(config.select_pages, pl.next_power_of_2(-(-pages // parts)))
     head = jnp.arange(padded)
     first, end = chunks_ref[0] * pages_per_chunk, jnp.minimum(chunks_ref[1] * pages_per_chunk, pages)
-    own, after = chunks_ref[2], chunks_ref[3]
+    own, after, voting = chunks_ref[2], chunks_ref[3], chunks_ref[4]
 
     def load(i):
         page = (i * step + jnp.arange(step)) * parts + part
@@ -327,9 +327,10 @@ def select_program(
         open_to_it = seen + taken
         listed, listed_rank = listed + taken, (running & 0xFFFF) + jnp.minimum(new_rank, room)
         if votes:
-            cast = jnp.sum((scores >= vote_bound[None, :]).astype(jnp.int32), axis=1) * middle.astype(jnp.int32)
-            stamps = jnp.where(cast > 0, stamp_of(own, open_to_it > 0, votes_in(stamps, own, votes) + cast, votes), stamps)
-            plgpu.store(stamps_out_ref.at[k, page], stamps, mask=cast > 0)
+            cast = jnp.sum((scores >= vote_bound[None, :]).astype(jnp.int32), axis=1) * middle.astype(jnp.int32) * voting
+            touched = (cast + taken) > 0
+            stamps = jnp.where(touched, stamp_of(own, open_to_it > 0, votes_in(stamps, own, votes) + cast, votes), stamps)
+            plgpu.store(stamps_out_ref.at[k, page], stamps, mask=touched)
             if carried is not None:  # only now that this token's votes are counted
                 listed = kept(stamps, after) * (page < end).astype(jnp.int32)
                 listed_rank = jnp.cumsum(listed, axis=0)
@@ -381,7 +382,7 @@ def select(
     partials: Float[Array, "K programs 2 Gp"],
     window: Float[Array, "K splits 2 G"],
     stamps: Int[Array, "K P"],
-    chunks: Int[Array, " 4"],
+    chunks: Int[Array, " 5"],
     *,
     pages_per_chunk: int,
     threshold: float,

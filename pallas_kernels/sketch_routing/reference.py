@@ -26,6 +26,7 @@ def reference_routing(
     scale,
     votes=0,
     vote_share=1.0,
+    voting=1,
 ):
     """votes: where they count, stamps are [3, K, P]: the last chunk in which a page got votes, whether it was open there, how many.
 
@@ -68,8 +69,8 @@ def reference_routing(
         refused[k] = len(fresh) - len(taken)
         if votes:
             for page in middle:
-                fresh_votes = (masses[k, :, page] >= threshold * vote_share).sum()
-                if fresh_votes:
+                fresh_votes = voting * (masses[k, :, page] >= threshold * vote_share).sum()
+                if fresh_votes or page in taken:
                     cast[k, page] = fresh_votes + cast[k, page] * here[page]
                     touched[k, page], opened[k, page] = own_chunk, page in seen or page in taken
         for page in wanted:

@@ -20,7 +20,7 @@ def scan(
     chunk_scores: Float[Array, "K C Gp"],
     codes: UInt8[Array, "K S B"],
     scales: Float[Array, "K S"],
-    middle: Int[Array, " 4"],
+    middle: Int[Array, " 5"],
     *,
     heads: int,
     group_size: int,
@@ -48,7 +48,7 @@ def select(
     partials: Float[Array, "K programs 2 Gp"],
     window: Float[Array, "K splits 2 G"],
     stamps: Int[Array, "K P"],
-    middle: Int[Array, " 4"],
+    middle: Int[Array, " 5"],
     *,
     pages_per_chunk: int,
     threshold: float,
@@ -73,8 +73,8 @@ def select(
     taken = granted.swapaxes(1, 2).reshape(granted.shape[0], -1)[:, : stamps.shape[1]]
     visible = seen | taken
     if votes:
-        cast = ((scores >= (total + math.log(threshold * vote_share))[..., None]) & (scores > -jnp.inf)).sum(1)
-        stamps = jnp.where(cast > 0, stamp_of(own, visible, votes_in(stamps, own, votes) + cast, votes), stamps)
+        cast = ((scores >= (total + math.log(threshold * vote_share))[..., None]) & (scores > -jnp.inf)).sum(1) * middle[4]
+        stamps = jnp.where((cast > 0) | taken, stamp_of(own, visible, votes_in(stamps, own, votes) + cast, votes), stamps)
     else:
         stamps = jnp.where(wanted & visible, own, stamps)
     refused = by_part(fresh & ~taken).sum(2)
