@@ -3,8 +3,9 @@
 What runs is the backend that generation runs, over random keys and sketches. Regimes: `device` (the history on the device), `host` (every
 routed page from the host, none kept), `bank` (every page found in the device's bank), `drift` (a bank, and new random queries for every
 token, each of which opens about one page a kv head that no earlier one asked for). Where queries stand still, stamps make the chosen number
-of pages visible. Sketch policy; paper policy: what 16 chunks and 64 groups open, whose union over random heads is wide (device, host). A
-layer's output is checked against the XLA operations on the same arrays before anything is timed.
+of pages visible. Sketch policy; paper policy: what 16 chunks and 64 groups open, with heads of a kv head so alike that their union is about
+the 1,200 tokens of the other (device, host). A layer's output is checked against the XLA operations on the same arrays before anything is
+timed.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ REGIMES = ("device", "bank", "host", "drift")
 CHUNK, GROUP, SINKS, LOCAL = 64, 16, 2, 8
 WINDOW_PAGES = (SINKS + LOCAL + 1) * CHUNK // GROUP
 WARM_TOKENS = 128  # drift: two chunks, after which as many pages expire as open
+ALIKE = 0.2  # paper: standard deviation of a head's query from that of its kv head
 
 
 @dataclass(frozen=True)
@@ -140,8 +142,8 @@ def _made_up(case: Case, seed: int) -> LayerState:
 
 
 def token_program(case: Case, steps: int) -> Callable:
-    """`steps` tokens in one program: each layer's output is the next layer's query (drift: added to a new one)."""
-    backend, moving = case.backend, case.regime == "drift"
+    """`steps` tokens in one program: each layer's output is the next layer's query (drift, paper: added to a new one)."""
+    backend, moving, mixing = case.backend, case.regime == "drift", case.regime == "drift" or case.policy == "paper"
 
     def tokens(queries, key, value, states, position):
         states = tuple(backend.start_decoding(state, position) for state in states)
@@ -151,7 +153,7 @@ def token_program(case: Case, steps: int) -> Callable:
             done = []
             for layer, state in enumerate(states):
                 fresh = queries[(position + i + layer) % len(queries)]
-                query = fresh + 1e-3 * query if moving else query
+                query = fresh + 1e-3 * query if mixing else query
                 query, state, stats = backend.decode(query, key, value, state, position + i if moving else position)
                 hits, wanted = (hits + stats.bank_hits, wanted + stats.bank_requests) if moving else (hits, wanted)
                 done.append(state)
@@ -167,6 +169,9 @@ def token_program(case: Case, steps: int) -> Callable:
 def measure(case: Case, *, steps: int = 64, repeats: int = 7, trace: bool = True) -> dict[str, Any]:
     """Check one layer against the XLA operations, then time the whole program."""
     queries = _normal(jax.random.key(99), (WARM_TOKENS, case.heads, case.head_dim), jnp.bfloat16)
+    if case.policy == "paper":
+        shared = _normal(jax.random.key(96), (WARM_TOKENS, case.kv_heads, case.head_dim), jnp.bfloat16)
+        queries = jnp.repeat(shared, case.heads // case.kv_heads, axis=1) + ALIKE * queries
     key, value = (_normal(jax.random.key(i), (case.kv_heads, case.head_dim), jnp.bfloat16) for i in (97, 98))
     position = case.history
     before = jax.devices()[0].memory_stats() or {}
