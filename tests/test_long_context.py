@@ -24,7 +24,7 @@ from pallas_kernels.sketch_prefill_routing.api import route
 from pallas_kernels.sketch_prefill_routing.config import Rule
 from pallas_kernels.sketch_prefill_routing.keys import page_keys
 from pallas_kernels.sketch_prefill_routing.sketches import sketch_pages
-from pallas_kernels.sketch_routing import carried_pages, list_shape
+from pallas_kernels.sketch_routing import carried_pages, list_shape, middle_of
 from pallas_kernels.sketch_routing import kernel as sketch_kernel
 from pallas_kernels.sketch_routing.config import Config
 
@@ -156,7 +156,7 @@ def test_lists_reach_the_last_pages():
     config = Config(unpack="arithmetic", scan_programs=2)
     partials = jnp.full((1, 2, 2, 8), -jnp.inf).at[:, :, 1].set(0).at[0, 0, :, 0].set(jnp.array([0.0, float(len(wanted))]))
     window = jnp.zeros((1, 1, 2, 1))  # one window score of 0 and an empty sum
-    chunks = jnp.array([2, own - 8, own, own], jnp.int32)
+    chunks = middle_of(jnp.int32(own), jnp.int32(own), 2, 8)
     how = {"pages_per_chunk": 4, "threshold": 0.5 / len(wanted), "parts": parts, "room": room, "config": config, "interpret": True}
     after, fresh, fresh_count, *_ = sketch_kernel.select(jnp.asarray(scores), partials, window, jnp.asarray(stamps)[None], chunks, **how)
     found = np.concatenate([part[:n] for part, n in zip(np.asarray(fresh[0]).reshape(parts, -1), np.asarray(fresh_count[0]), strict=True)])
