@@ -50,6 +50,8 @@ REGIMES = ("device", "bank", "host", "drift")
 CHUNK, GROUP, SINKS, LOCAL = 64, 16, 2, 8
 WINDOW_PAGES = (SINKS + LOCAL + 1) * CHUNK // GROUP
 WARM_TOKENS = 128  # drift: two chunks, after which as many pages expire as open
+DRIFT_TOKENS = 1024  # drift: room for what is decoded
+REPEATS = 7
 ALIKE = 0.2  # paper: standard deviation of a head's query from that of its kv head
 
 
@@ -78,7 +80,7 @@ class Case:
     @property
     def capacity(self) -> int:
         """Room for the tokens that drift adds."""
-        return self.history + 4 * WARM_TOKENS
+        return self.history + DRIFT_TOKENS
 
     @property
     def backend(self) -> HGAAttention:
@@ -166,7 +168,7 @@ def token_program(case: Case, steps: int) -> Callable:
     return jax.jit(tokens, donate_argnums=3, compiler_options=concurrent_launches(on_cuda()))
 
 
-def measure(case: Case, *, steps: int = 64, repeats: int = 7, trace: bool = True) -> dict[str, Any]:
+def measure(case: Case, *, steps: int = 64, repeats: int = REPEATS, trace: bool = True) -> dict[str, Any]:
     """Check one layer against the XLA operations, then time the whole program."""
     queries = _normal(jax.random.key(99), (WARM_TOKENS, case.heads, case.head_dim), jnp.bfloat16)
     if case.policy == "paper":
@@ -345,6 +347,8 @@ def main(argv: list[str]) -> None:
         layers, heads, kv_heads, head_dim = read_shape(options.shape)
     except (OSError, ValueError) as error:
         parser.error(f"--shape {options.shape}: {error}")
+    if "drift" in options.regime and WARM_TOKENS + (REPEATS + 1) * options.steps > DRIFT_TOKENS:
+        parser.error(f"--steps {options.steps}: drift has room for {(DRIFT_TOKENS - WARM_TOKENS) // (REPEATS + 1)} tokens in a program")
     layers = options.layers or layers
     ceilings = copy_ceilings()
     print(environment(), {name: round(value) for name, value in ceilings.items()}, flush=True)
