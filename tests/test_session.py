@@ -27,6 +27,7 @@ from hga_jax.session import StoreError, recording, reuse
 from hga_jax.session.__main__ import check
 from hga_jax.session.__main__ import main as command
 from hga_jax.session.folder import sessions
+from hga_jax.session.identity import differences
 from hga_jax.session.manifest import Manifest
 from hga_jax.session.state_format import StateFormat
 from pallas_kernels.votes import NEVER, oldest_open
@@ -178,6 +179,24 @@ def test_scan_by_pairs_goes_on_by_sketches(model, tmp_path):
             np.testing.assert_array_equal(state.history.pages[:, :30], pages)
     with pytest.raises(ValueError, match=r"attention scan_pairs 2 \(now auto\)"):
         model.session(tmp_path / "a", ctx=CTX, hga=HGA)
+
+
+def test_settings_younger_than_a_session_are_as_it_was_begun(model, tmp_path):
+    """Stored before votes and pairs were settings, with screening by length: goes on without them, unless they are asked for."""
+    before = HGAConfig(**vars(HGA) | {"votes": 0, "scan_pairs": 0})
+    with model.session(tmp_path / "kept", ctx=CTX, hga=before) as session:
+        first, second = turn(session, 1, 121), turn(session, 2)
+    with model.session(tmp_path / "other" / "closed", ctx=CTX, hga=before) as session:
+        assert turn(session, 1, 121) == first
+        stored = session.identity
+    assert {"votes", "vote_share", "vote_stride", "scan_pairs", "pairs_threshold"}.isdisjoint(stored["attention"])
+    with model.session(tmp_path / "other" / "closed", ctx=CTX, hga=HGAConfig(**vars(HGA) | {"votes": "auto"})) as session:
+        assert (session.backend.config.votes, session.backend.config.scan_pairs) == (0, 0)
+        assert turn(session, 2) == second
+    with pytest.raises(ValueError, match=r"attention votes None \(now 3\)"):
+        model.session(tmp_path / "kept", ctx=CTX, hga=HGAConfig(**vars(HGA) | {"votes": 3}))
+    old = stored | {"attention": stored["attention"] | {"screening": "auto"}}
+    assert differences(old, stored) == []
 
 
 def test_dense_attention_is_stored_too(model, tmp_path):

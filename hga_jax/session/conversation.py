@@ -25,7 +25,7 @@ from hga_jax.rope import resolve_rope
 from hga_jax.sampling import Sampling
 from hga_jax.session.disk_tier import DiskTier
 from hga_jax.session.folder import LOCK, STAGING, Lock, collect_garbage, split
-from hga_jax.session.identity import describe, differences, root_id
+from hga_jax.session.identity import as_begun, describe, differences, root_id
 from hga_jax.session.manifest import NAME, Manifest
 from hga_jax.session.recording import Recorder
 from hga_jax.session.reuse import DamagedBlock, Stored, load_states, longest_stored
@@ -93,6 +93,8 @@ class Session:
         else:
             rope, self.scaling_note = resolve_rope(model.config, self.ctx or 0, rope_scaling)
         model = model if rope == model.config.rope else model.with_rope(rope)
+        if stored is not None and attention == "hga":
+            hga = as_begun(stored.identity, hga or HGAConfig())
         self.model, self.backend = model, model.backend(attention, hga)
         self.identity = describe(model, self.backend)
         if stored is not None and (differs := differences(stored.identity, self.identity)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from jaxtyping import Array
 
 from hga_jax.attention import HGAAttention
 from hga_jax.backend import AttentionBackend, DenseAttention
+from hga_jax.config import HGAConfig
 from hga_jax.model import Decoder, weight_leaves
 from hga_jax.sketches import ROTATION_VERSION
 
@@ -72,6 +73,12 @@ def describe(model: Any, backend: AttentionBackend) -> dict[str, Any]:
     return json.loads(json.dumps(found))  # as it will be read back: lists for tuples
 
 
+def as_begun(stored: dict[str, Any], config: HGAConfig) -> HGAConfig:
+    """config, with settings that were younger than what is stored, and are as they come, the way things were done then."""
+    absent = {name: before for name, before in LATER_SETTINGS.items() if name not in stored["attention"]}
+    return replace(config, **{name: before for name, before in absent.items() if getattr(config, name) == getattr(HGAConfig(), name)})
+
+
 def root_id(identity: dict[str, Any]) -> str:
     """The id that the first block of every sequence follows."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
@@ -85,6 +92,7 @@ def differences(stored: dict[str, Any], given: dict[str, Any]) -> list[str]:
         if old == new:
             continue
         if isinstance(old, dict) and isinstance(new, dict):
+            old = old | ({"screening": "off"} if old.get("screening") == "auto" else {})  # its name while it went by the history's length
             found += [
                 f"{part} {key} {old.get(key)} (now {new.get(key)})"
                 for key in sorted(old.keys() | new.keys())
