@@ -210,7 +210,8 @@ class LanguageModel:
         """Begin or go on with the conversation stored in the folder `path`; its parent is the store whose sessions share equal beginnings.
 
         ctx: tokens there is room for (default: grows as needed). on_damage: "recompute" what is stored after a damaged place, with a
-        notice, or "refuse". Other options as in `generate`. Raises ValueError when the session belongs to another model or other settings,
+        notice, or "refuse". Other options as in `generate`; settings of `hga` that did not exist when the session was begun are, unless
+        changed from their defaults, as things were done then. Raises ValueError when the session belongs to another model or other settings,
         is in use by another process, or (refuse) is damaged.
 
         >>> with model.session("sessions/report") as session:
