@@ -211,8 +211,8 @@ class LanguageModel:
 
         ctx: tokens there is room for (default: grows as needed). on_damage: "recompute" what is stored after a damaged place, with a
         notice, or "refuse". Other options as in `generate`; settings of `hga` that did not exist when the session was begun are, unless
-        changed from their defaults, as things were done then. Raises ValueError when the session belongs to another model or other settings,
-        is in use by another process, or (refuse) is damaged.
+        changed from their defaults, as things were done then. Raises ValueError when the session belongs to another model or other
+        settings, is in use by another process, or (refuse) is damaged.
 
         >>> with model.session("sessions/report") as session:
         ...     session.generate("Summarise this report: ...").text
