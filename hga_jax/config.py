@@ -12,8 +12,8 @@ from pallas_kernels.votes import ENOUGH
 POLICIES = ("sketch", "paper")
 SUMMARIES = ("mixed_rope", "mean")
 # Thresholds of the sketch policy per query head that shares a kv head. A request of one head opens the page for all G of them, so at equal
-# quality the threshold may grow with G. "balanced": SmolLM2 (G = 3) loses 0.002 nats at 4K tokens, 0.003 at 8K, and fetches less than the
-# paper policy (eval/README.md, also for Qwen2.5-Coder, G = 7).
+# quality the threshold may grow with G. "balanced", with votes: SmolLM2 (G = 3) loses 0.001 nats at 4K tokens, 0.002 at 8K, for about the
+# paper policy's tokens (eval/README.md, also for Qwen2.5-Coder, G = 7).
 QUALITY = {"fast": 0.008 / 3, "balanced": 0.001, "best": 0.001 / 3}
 # Where votes keep pages open, thresholds this much higher open about as many (eval/README.md).
 VOTES_THRESHOLD = 1.7

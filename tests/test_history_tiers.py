@@ -72,7 +72,8 @@ def test_every_tier_writes_the_same_text(decoder, policy, rule):
 RULES = {"requests": REQUESTS, "votes": VOTES}
 
 
-@pytest.mark.parametrize(("rule", "tier"), [("requests", "bank"), ("votes", "device"), ("votes", "host"), ("votes", "bank")])
+@pytest.mark.parametrize("tier", ["device", "host", "bank"])
+@pytest.mark.parametrize("rule", RULES)
 def test_kernels_give_the_same_outputs(rule, tier):
     """The kernels, interpreted, over every tier: one layer's outputs for ten tokens across a chunk closing."""
     config, how = HGAConfig(**SMALL, **RULES[rule]), TIERS[tier]

@@ -81,7 +81,9 @@ def test_prompt_in_two_calls_that_meet_inside_a_chunk(voting):
 def test_kernels_on_a_gpu():
     with jax.default_matmul_precision("highest"):  # XLA's own default on these GPUs has 10 bits
         for case in ((CONFIG, [(120, 107), (120, 93)]), (replace(CONFIG, page_capacity=5), [(200, 200)])):
-            compare(both(*case)[1], both(*case, implementation="pallas")[1], unopened=1e-3)
+            by_block, kernels = both(*case, implementation="pallas")
+            compare(by_block, kernels, unopened=1.0)  # too few queries for a good estimate, but for the same one as XLA's
+            compare(both(*case)[1], kernels, unopened=1e-3)
 
 
 def paper_golden(name, implementation):

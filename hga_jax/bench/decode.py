@@ -136,7 +136,8 @@ def _made_up(case: Case, seed: int) -> LayerState:
     stamps = np.array(state.stamps)
     if case.regime != "drift":
         rng, own = np.random.default_rng(seed), case.history // CHUNK
-        opened = int(stamp_of(own, True, 0, 1)) if backend.config.counts_votes else own
+        votes = backend.config.votes_for(case.heads // case.kv_heads)
+        opened = int(stamp_of(own, True, 0, votes)) if votes else own
         middle = np.arange(SINKS * CHUNK // GROUP, (own - LOCAL) * CHUNK // GROUP)
         for row in stamps:
             row[rng.permutation(middle)[: case.listed]] = opened

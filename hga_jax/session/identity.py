@@ -55,7 +55,7 @@ def describe(model: Any, backend: AttentionBackend) -> dict[str, Any]:
 
     if isinstance(backend, HGAAttention):
         attention = {"kind": "hga", "rotation": ROTATION_VERSION} | asdict(backend.config)
-        attention = {name: value for name, value in attention.items() if LATER_SETTINGS.get(name) != value}
+        attention = {name: value for name, value in attention.items() if LATER_SETTINGS.get(name, ...) != value}
         if backend.config.counts_votes:
             attention["stamps"] = STAMPS_VERSION
         else:

@@ -88,12 +88,14 @@ def _masses(query, bounds, pages, scores_of, rule: Rule) -> tuple[Float[Array, "
 
 def scan(query, bounds, pages, keys, few=None, means=None, *, threshold: float, rule: Rule):
     """See scan.scan; everything is written."""
-
-    def scores_of(rows: Array, block: Array) -> Array:
-        return _page_scores(rows, keys, None, rule, *_few(few, means, bounds, block, rule))
-
+    scores_of = _token_scores(keys, few, means, bounds, rule)
     window, mass = _masses(query, bounds, pages, scores_of, rule)
     return window, mass, _requests(query, bounds, len(keys), scores_of, mass, threshold, rule)
+
+
+def _token_scores(keys, few, means, bounds, rule: Rule):
+    """(rows, their block) -> scores of all pages by their tokens."""
+    return lambda rows, block: _page_scores(rows, keys, None, rule, *_few(few, means, bounds, block, rule))
 
 
 def _few(few, means, bounds, block, rule: Rule) -> tuple[Array, Array] | tuple[None, None]:
@@ -113,9 +115,7 @@ def probe_mass(query, bounds, pages, means, spreads, *, threshold: float, rule: 
 
 def votes(query, bounds, keys, mass, few=None, means=None, *, threshold: float, rule: Rule) -> Int[Array, "K B 1 P"]:
     """See scan.votes; everything is written."""
-
-    def scores_of(rows: Array, block: Array) -> Array:
-        return _page_scores(rows, keys, None, rule, *_few(few, means, bounds, block, rule))
+    scores_of = _token_scores(keys, few, means, bounds, rule)
 
     def one(block: Int[Array, ""]) -> Array:
         return jnp.sum(_reaching(query, bounds, len(keys), scores_of, mass, threshold, rule, block)[0], axis=1)
