@@ -27,8 +27,8 @@ GIB = 2**30
 BANK_SHARE = 1 / 8  # of the history's pages: several times what is open at a time at 64K, so that hardly one is fetched twice
 # Bytes of a device beside what is planned for by name: decoding's temporaries (5 MB) and what the allocator adds, which leaves a free piece
 # whole rather than cut less than 128 MiB off it, and counts it as used. Qwen3-30B-A3B-FP8 on an H100 peaked 0.07 GiB above the named bytes
-# at 65,536 tokens and 0.25 GiB at 261,888: there to within 31 KB of the allocator's limit, and a page of the bank (1.5 MB) above the plan.
-RESERVE = 2**28
+# at 65,536 tokens and 0.2514 GiB at 261,888.
+RESERVE = 272 * 2**20
 BANK_WORTH = 128  # pages of a kv head: about what a token sees, read from host memory for every token unless they are in a bank
 PCIE = 46e9  # bytes a second, measured on PCIe 5 x16
 MAIN_MEMORY = "available main memory"

@@ -20,7 +20,7 @@ from hga_jax.backend import DenseAttention
 from hga_jax.bench.load import measure
 from hga_jax.config import HGAConfig, ModelConfig
 from hga_jax.language_model import LanguageModel
-from hga_jax.plan import layers_to_host, make_plan, place_history
+from hga_jax.plan import RESERVE, layers_to_host, make_plan, place_history
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +93,9 @@ def test_512k_tokens_fit_with_some_summaries_on_the_host(thirty_billion, policy)
     assert plan.fits
     assert backend.host_summaries == plan.host_layers
     assert plan.host_summaries == plan.host_layers * each
-    assert plan.decode_total + 2**28 <= plan.limit
+    assert plan.decode_total + RESERVE <= plan.limit
     if policy == "sketch":
-        assert plan.decode_total - plan.bank + each + 2**28 > plan.limit  # as few layers as possible
+        assert plan.decode_total - plan.bank + each + RESERVE > plan.limit  # as few layers as possible
         assert f"those of {plan.host_layers} layers, in host memory in decoding" in plan.table()
     else:
         assert plan.host_layers == 0

@@ -11,7 +11,7 @@ from hga_jax.attention import HGAAttention
 from hga_jax.backend import DenseAttention
 from hga_jax.config import HGAConfig, ModelConfig
 from hga_jax.decoding import cannot_decode
-from hga_jax.plan import GIB, place_history
+from hga_jax.plan import GIB, RESERVE, place_history
 
 MODEL = ModelConfig(
     model_type="qwen3", vocab_size=512, hidden_size=256, layers=2, heads=32, kv_heads=4, head_dim=128, mlp_size=256, native_context=2**20
@@ -44,7 +44,7 @@ def test_a_million_tokens_are_counted_exactly():
     assert plan.prefill_total == lasting + plan.summaries + plan.working + plan.activations  # two layers: both summaries on the device
     assert plan.decode_total == lasting + plan.summaries + plan.bank
     assert plan.total == max(plan.prefill_total, plan.decode_total) + plan.reserve
-    assert plan.reserve == 2**28
+    assert plan.reserve == RESERVE
     assert backend.tier == plan.tier == "host"
 
 

@@ -233,7 +233,7 @@ def main(what: str, argv: list[str]) -> None:
     hga = HGAConfig(policy=options.policy)
     if options.quality:
         hga = replace(hga, threshold=parse_threshold(options.quality))
-    limits = measured_ceilings()
+    limits = {} if options.no_trace else measured_ceilings()  # 20 GiB, which would hide the peak of a model that needs less
     model = open_model(options, hga)
     report: dict[str, Any] = {
         "command": " ".join([f"python -m hga_jax.bench {what}", *argv]), "environment": environment(), "ceilings": limits,

@@ -28,6 +28,7 @@ PARTS = {  # of kernel names, in order of preference, and the part of the work t
     "scan_windows": "window mass",
     "scan_pages": "full scan",
     "scan_requests": "requests among candidates",
+    "scan_votes": "votes",
     "probe_mass": "screening",
     "refine_candidates": "refinement",
     "unsketch": "page keys",
