@@ -59,8 +59,8 @@ def test_auto_takes_the_device_while_the_plan_fits():
 def test_a_bank_takes_what_prefill_gives_up():
     """64 layers, 65,536 tokens: the bank is bounded by the device, not by its share of the history."""
     roomy = placed("host", 80, tokens=65536, layers=64)[1]
-    enough = placed("host", roomy.decode_total / GIB + 0.25, tokens=65536, layers=64)[1]
-    half = placed("host", (roomy.decode_total - roomy.bank / 2) / GIB + 0.25, tokens=65536, layers=64)[1]
+    enough = placed("host", roomy.decode_total / GIB + RESERVE / GIB, tokens=65536, layers=64)[1]
+    half = placed("host", (roomy.decode_total - roomy.bank / 2) / GIB + RESERVE / GIB, tokens=65536, layers=64)[1]
     assert enough.bank == pytest.approx(roomy.bank, rel=0.01)
     assert half.bank == pytest.approx(roomy.bank / 2, rel=0.01)
     assert half.fits
