@@ -134,6 +134,13 @@ def segment_of(size: int) -> int:
     return min(SEGMENT_CUDA, size) if on_cuda() else SEGMENT
 
 
+def layer_programs(tokens: int, segment: int | None = None) -> set[tuple[int, int]]:
+    """(rows, segment) of the programs by which `prefill_blocks` takes so many tokens through a layer."""
+    lengths = {min(tokens - begin, SUPER_BLOCK) for begin in range(0, tokens, SUPER_BLOCK)}
+    sizes = {padded_size(length, segment or SEGMENT, SUPER_BLOCK) for length in lengths}
+    return {(size, segment or segment_of(size)) for size in sizes}
+
+
 def prefill_blocks(
     decoder: Decoder,
     tokens: Int[np.ndarray, " T"],
