@@ -173,7 +173,7 @@ def prefill_blocks(
             _Stretch.of(decoder, tokens[start - first : stop - first], start, length or segment, super_block)
             for start, stop, length in _cut(held, end, stretches)
         ]
-        states, stats, done = *_committed_like(parts[0].x, (states, Stats.zero())), []
+        (states, stats, buffer), done = committed_like(parts[0].x, (states, Stats.zero(), buffer)), []
         for index, (layer, state) in enumerate(zip(decoder.layers, states, strict=True)):
             keeper = backend if home is None else home(index)
             worked, noted = keeper.load(state, buffer, held), {}
@@ -231,7 +231,7 @@ class _Stretch:
         return state, stats, {self.first + min(done, self.count): (noted, index) for index, done in enumerate(ends)}
 
 
-def _committed_like(x: Array, tree: Any) -> Any:
+def committed_like(x: Array, tree: Any) -> Any:
     """The arrays of `tree` tied to x's device if x is: JAX compiles a program anew for arguments that are tied to a device and were not."""
     if not x.committed or len(x.sharding.device_set) > 1:
         return tree
