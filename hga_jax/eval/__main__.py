@@ -52,7 +52,7 @@ def _common(p: argparse.ArgumentParser) -> None:
     p.add_argument("--model", help="directory, GGUF file, converted checkpoint or hub id (default: SmolLM2-135M-Instruct, fetched once)")
     p.add_argument("--dtype", choices=DTYPES, help="weights and K/V (default: float32 on a CPU, bfloat16 elsewhere; FP8 stays FP8)")
     p.add_argument("--rope-scaling", default="auto", metavar="auto|none|yarn:F", help="beyond the native context (default auto: YaRN)")
-    p.add_argument("--json", metavar="OUT", help="write the report as JSON to this file (- for standard output)")
+    p.add_argument("--json", metavar="OUT", help="write the report to this file (- for standard output); needle, ruler: as answers come")
     p.add_argument("--plot", metavar="PNG", help="draw the figure to this file (needs matplotlib: the extra `plot`)")
 
 
