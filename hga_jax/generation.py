@@ -173,7 +173,7 @@ class Generation:
         logits = programs.row_logits(self.model.params, block.x, jnp.int32(block.count - 1))
         token = int(programs.first_token(logits, self.sampling, self.key, jnp.int32(total - 1)))
         del block  # its activations, before decoding takes their room
-        self.states = self.backend.before_decoding(states)
+        self.states = programs.committed_like(logits, self.backend.before_decoding(states))
         return token, self.states, stats
 
     def _recording(self, total: int) -> dict[str, Any]:

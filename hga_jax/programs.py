@@ -134,6 +134,13 @@ def segment_of(size: int) -> int:
     return min(SEGMENT_CUDA, size) if on_cuda() else SEGMENT
 
 
+def layer_programs(tokens: int, segment: int | None = None) -> set[tuple[int, int]]:
+    """(rows, segment) of the programs by which `prefill_blocks` takes so many tokens through a layer."""
+    lengths = {min(tokens - begin, SUPER_BLOCK) for begin in range(0, tokens, SUPER_BLOCK)}
+    sizes = {padded_size(length, segment or SEGMENT, SUPER_BLOCK) for length in lengths}
+    return {(size, segment or segment_of(size)) for size in sizes}
+
+
 def prefill_blocks(
     decoder: Decoder,
     tokens: Int[np.ndarray, " T"],
@@ -166,7 +173,7 @@ def prefill_blocks(
             _Stretch.of(decoder, tokens[start - first : stop - first], start, length or segment, super_block)
             for start, stop, length in _cut(held, end, stretches)
         ]
-        states, stats, done = *_committed_like(parts[0].x, (states, Stats.zero())), []
+        (states, stats, buffer), done = committed_like(parts[0].x, (states, Stats.zero(), buffer)), []
         for index, (layer, state) in enumerate(zip(decoder.layers, states, strict=True)):
             keeper = backend if home is None else home(index)
             worked, noted = keeper.load(state, buffer, held), {}
@@ -224,7 +231,7 @@ class _Stretch:
         return state, stats, {self.first + min(done, self.count): (noted, index) for index, done in enumerate(ends)}
 
 
-def _committed_like(x: Array, tree: Any) -> Any:
+def committed_like(x: Array, tree: Any) -> Any:
     """The arrays of `tree` tied to x's device if x is: JAX compiles a program anew for arguments that are tied to a device and were not."""
     if not x.committed or len(x.sharding.device_set) > 1:
         return tree

@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from hga_jax.pytree import register
 
-@jax.tree_util.register_dataclass
+
+@register
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is drawn. temperature 0: the most likely token. top_k 0 and top_p 1: no cut."""

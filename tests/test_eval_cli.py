@@ -1,8 +1,10 @@
 """`python -m hga_jax.eval` as a user meets it: reports, plots, and one clear line for wrong input; answers are those of greedy search."""
 
 import json
+import logging
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,8 +12,10 @@ from eval_checkpoint import readable_checkpoint
 
 from hga_jax.backend import DenseAttention
 from hga_jax.eval.__main__ import main
-from hga_jax.eval.answering import Reader
+from hga_jax.eval.answering import Reader, make_readers
+from hga_jax.eval.choices import parse_choices
 from hga_jax.eval.haystack import Prompt, Task
+from hga_jax.eval.reporting import Progress
 from hga_jax.loading import load_model
 
 SMALL = "paper:chunk_size=16,group_size=4,sink_chunks=1,local_chunks=1,top_chunks=2,top_groups=4"
@@ -80,6 +84,7 @@ def test_ruler(tmp_path, checkpoint):
     report = run(tmp_path, "ruler", "--model", checkpoint, "--lengths", 500, "--samples", 1, "--families", *families, "--policy", "dense")
     assert [cell["family"] for cell in report["cells"]] == families
     assert all(0 <= cell["score"] <= 1 for cell in report["cells"])
+    assert report["complete"]
 
 
 def prompts_of(*starts: list[int], answer: list[int] = ()) -> list[Prompt]:
@@ -103,8 +108,54 @@ def test_answers_are_those_of_greedy_search(checkpoint):
     assert not {2} & {*wanted[0], *wanted[1]}  # no end token on the way
     reader = Reader(model, DenseAttention(), 200)
     assert reader.generated(prompts, 5) == wanted
+    assert reader.generated(prompts[:1], 5) == wanted[:1]  # by itself a prompt is read in one go
     assert reader.predicted(prompts_of(prompts[0].tokens.tolist(), answer=wanted[0])) == [True]
     assert reader.predicted(prompts_of(prompts[0].tokens.tolist(), answer=[*wanted[0][:4], wanted[0][4] ^ 1])) == [False]
+
+
+@pytest.mark.parametrize("teacher", [False, True])
+def test_prompts_find_their_programs_compiled(checkpoint, caplog, teacher):
+    model = load_model(checkpoint, dtype=jnp.float32)
+    shared = np.random.default_rng(1).integers(3, 96, 700).tolist()
+    together, alone = prompts_of([*shared, 5], [*shared, *shared[:100]], answer=[7, 8]), prompts_of(shared * 2, answer=[9])
+    readers = make_readers(model, parse_choices(["dense", SMALL]), {1500: [together, alone]}, teacher)
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        for reader in readers.values():
+            for prompts in (together, alone):
+                reader.predicted(prompts) if teacher else reader.generated(prompts, 3)
+    compiled = [record.getMessage() for record in caplog.records if record.getMessage().startswith("Compiling jit(")]
+    assert any("row_logits" in message or "_most_likely" in message for message in compiled)  # small ones are not made ahead
+    assert not [message for message in compiled if "prefill_layer" in message or "_decode_tokens" in message]
+
+
+@pytest.mark.parametrize("task", ["ruler", "needle"])
+def test_a_run_that_is_cut_off_leaves_its_answers(tmp_path, checkpoint, task, monkeypatch):
+    out, read = tmp_path / "report.json", Reader._read
+    calls = []
+
+    def read_twice(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return read(*arguments)
+
+    monkeypatch.setattr(Reader, "_read", read_twice)
+    how = ["--lengths", "500", "--samples", "3", "--policy", "dense"]
+    how += ["--families", "niah_single"] if task == "ruler" else ["--depths", "50"]
+    assert main([task, "--model", str(checkpoint), *how, "--json", str(out)]) == 130
+    report = json.loads(out.read_text())
+    assert [answer["sample"] for answer in report["answers"]] == [0, 1]
+    assert (report["complete"], report["cells"]) == (False, [])
+    assert "device" in report
+
+
+def test_progress_is_said_where_stderr_is_no_terminal(capsys, monkeypatch):
+    monkeypatch.setattr("hga_jax.eval.reporting.LINE_SECONDS", 0)
+    with Progress(4, "work") as bar:
+        bar.note("first of four")
+        assert bar.inside() is None
+        bar.finish(1)
+    assert capsys.readouterr().err == "work: 25% in 0 s, about 0 s left, first of four\n"
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,18 @@
 """Where the history lives changes nothing: the same tokens from the device, from the host, and with a bank between the two."""
 
+import logging
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from eval_checkpoint import readable_checkpoint
 
 from hga_jax import programs
 from hga_jax.attention import HGAAttention
 from hga_jax.cache.window import place_of, window_page_count, window_places
 from hga_jax.config import HGAConfig, ModelConfig
+from hga_jax.loading import load_model
 from hga_jax.model import Decoder
 from hga_jax.sampling import Sampling
 
@@ -205,3 +209,12 @@ def test_300_tokens_on_a_gpu(policy):
         assert np.median(error) <= 1e-2, (prompt, name, figures)
         assert error.max() <= 5e-2, (prompt, name, figures)
         assert same >= 0.95, (prompt, name, figures)
+
+
+def test_a_program_is_compiled_once_for_all_layers_and_dispatches(tmp_path, caplog):
+    model = load_model(readable_checkpoint(tmp_path), dtype=jnp.float32)  # its weights are tied to a device, new arrays are not
+    backend = HGAAttention(HGAConfig(**SMALL), model.config.rope, tier="host", bank_pages=4)
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        model.generate(list(range(3, 90)), max_new_tokens=6, ctx=128, attention=backend)
+    compiled = [record.getMessage().split()[1] for record in caplog.records if record.getMessage().startswith("Compiling jit(")]
+    assert compiled.count("jit(prefill_layer)") == compiled.count("jit(_decode_tokens)") == 1

@@ -2,13 +2,15 @@
 
 python -m hga_jax.bench bank --prompt-file TEXT [--model M] [--share 0 0.05 0.1 0.25]     shares of the context's pages
 
-Every size writes the same text as the device tier, which is run first; `same` counts the tokens that agree.
+Every size writes the same text as the device tier, which is run first; `same` counts the tokens that agree. The programs of all sizes are
+compiled beside each other, in threads, before anything is timed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +23,18 @@ from hga_jax.language_model import LanguageModel
 from hga_jax.loading import load_model
 
 
-def measure(model: LanguageModel, ids: Any, ctx: int, new_tokens: int, share: float | None) -> tuple[dict[str, Any], list[int]]:
-    """Generate twice, so that nothing compiles in the second run, which counts. share None: the device tier."""
+def backend_of(model: LanguageModel, ctx: int, share: float | None) -> HGAAttention:
+    """share None: the device tier."""
     config = HGAConfig()
     slots = int((share or 0) * ctx / config.group_size)
-    backend = HGAAttention(config, model.config.rope, tier="device" if share is None else "host", bank_pages=slots)
-    for _ in range(2):
-        result = model.generate(ids, max_new_tokens=new_tokens, ctx=ctx, attention=backend)
+    return HGAAttention(config, model.config.rope, tier="device" if share is None else "host", bank_pages=slots)
+
+
+def measure(model: LanguageModel, ids: Any, ctx: int, new_tokens: int, share: float | None) -> tuple[dict[str, Any], list[int]]:
+    """Generate with programs that are compiled already."""
+    backend = backend_of(model, ctx, share)
+    config, slots = backend.config, backend.bank_pages
+    result = model.generate(ids, max_new_tokens=new_tokens, ctx=ctx, attention=backend)
     kv_heads, page = model.config.kv_heads, 2 * config.group_size * model.config.head_dim * jnp.dtype(model.dtype).itemsize
     windows = (config.sink_chunks + config.local_chunks) * config.chunk_size  # and the own chunk: not routed
     held = len(ids) + result.new_tokens / 2
@@ -55,7 +62,10 @@ def main(argv: list[str]) -> None:
     ctx = len(ids) + options.new_tokens
     report: dict[str, Any] = {"environment": environment(), "model": model.name, "prompt_tokens": len(ids), "argv": argv, "results": []}
     expected: list[int] = []
-    for share in (None, *options.share):
+    shares = (None, *options.share)
+    with ThreadPoolExecutor(len(shares)) as pool:  # two new tokens take every program once
+        list(pool.map(lambda share: model.generate(ids, max_new_tokens=2, ctx=ctx, attention=backend_of(model, ctx, share)), shares))
+    for share in shares:
         figures, tokens = measure(model, ids, ctx, options.new_tokens, share)
         expected = expected or tokens
         figures["same"] = sum(a == b for a, b in zip(tokens, expected, strict=False))

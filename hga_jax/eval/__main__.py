@@ -8,7 +8,7 @@ from typing import Any
 
 from hga_jax.config import HGAConfig, parse_threshold
 from hga_jax.eval.choices import Choice, parse_choices, with_dense
-from hga_jax.eval.reporting import Progress, check_plotting, check_writable, provenance, read_texts, write_json
+from hga_jax.eval.reporting import Progress, check_plotting, check_writable, keeper, provenance, read_texts, write_json
 
 DTYPES = ("float32", "bfloat16", "float16")
 POLICY_HELP = (
@@ -52,7 +52,7 @@ def _common(p: argparse.ArgumentParser) -> None:
     p.add_argument("--model", help="directory, GGUF file, converted checkpoint or hub id (default: SmolLM2-135M-Instruct, fetched once)")
     p.add_argument("--dtype", choices=DTYPES, help="weights and K/V (default: float32 on a CPU, bfloat16 elsewhere; FP8 stays FP8)")
     p.add_argument("--rope-scaling", default="auto", metavar="auto|none|yarn:F", help="beyond the native context (default auto: YaRN)")
-    p.add_argument("--json", metavar="OUT", help="write the report as JSON to this file (- for standard output)")
+    p.add_argument("--json", metavar="OUT", help="write the report to this file (- for standard output); needle, ruler: as answers come")
     p.add_argument("--plot", metavar="PNG", help="draw the figure to this file (needs matplotlib: the extra `plot`)")
 
 
@@ -150,7 +150,7 @@ def run_needle(options: argparse.Namespace) -> tuple[dict[str, Any], str, Any]:
 
     model = open_model(options, max(options.lengths), choices)
     depths = [depth / 100 for depth in dict.fromkeys(options.depths)]
-    report = needle.evaluate(model, options.lengths, depths, choices, options.samples, options.seed, options.scoring)
+    report = needle.evaluate(model, options.lengths, depths, choices, options.samples, options.seed, options.scoring, keeper(options.json))
     return report, needle.as_text(report), plots.plot_needle
 
 
@@ -165,7 +165,7 @@ def run_ruler(options: argparse.Namespace) -> tuple[dict[str, Any], str, Any]:
     from hga_jax.eval import plots, ruler
 
     model = open_model(options, max(options.lengths), choices)
-    report = ruler.evaluate(model, families, options.lengths, choices, options.samples, options.seed)
+    report = ruler.evaluate(model, families, options.lengths, choices, options.samples, options.seed, keeper(options.json))
     return report, ruler.as_text(report), plots.plot_ruler
 
 

@@ -54,18 +54,14 @@ def score(
 def _compile(model: LanguageModel, length: int, backend: AttentionBackend) -> None:
     """Run each program that `score` needs on zero tokens, so that its seconds are those of the work."""
     decoder, config = model.params, model.config
-    sizes = {
-        programs.padded_size(min(length - begin, programs.SUPER_BLOCK), programs.SEGMENT, programs.SUPER_BLOCK)
-        for begin in range(0, length, programs.SUPER_BLOCK)
-    }
     kinds = {config.is_moe_layer(index): layer for index, layer in enumerate(decoder.layers)}
     zero = jnp.int32(0)
-    for size in sizes:
+    for size, segment in programs.layer_programs(length):
         x = jnp.zeros((size, config.hidden_size), model.dtype)
         _losses(decoder, x, jnp.zeros(size, jnp.int32), zero).block_until_ready()
         for layer in kinds.values():
             state = backend.init_state(length, config.kv_heads, config.head_dim, model.dtype)
-            x, _, _ = programs.prefill_layer(layer, x, zero, zero, state, Stats.zero(), backend=backend, segment=programs.segment_of(size))
+            x, _, _ = programs.prefill_layer(layer, x, zero, zero, state, Stats.zero(), backend=backend, segment=segment)
         x.block_until_ready()
 
 

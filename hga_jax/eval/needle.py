@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from hga_jax.eval.answering import Reader
+from hga_jax.eval.answering import make_readers
 from hga_jax.eval.choices import Choice
 from hga_jax.eval.haystack import Prompt, Task, fit, spread
-from hga_jax.eval.reporting import Progress, table
+from hga_jax.eval.reporting import Progress, side_by_side, table
 from hga_jax.eval.words import number, sentence
 from hga_jax.language_model import LanguageModel
 from hga_jax.text.tokenizer import Tokenizer
@@ -57,28 +57,50 @@ def needle_prompts(tokenizer: Tokenizer, length: int, depths: Sequence[float], s
 
 
 def evaluate(
-    model: LanguageModel, lengths: Sequence[int], depths: Sequence[float], choices: Sequence[Choice], samples: int, seed: int, scoring: str
+    model: LanguageModel,
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    choices: Sequence[Choice],
+    samples: int,
+    seed: int,
+    scoring: str,
+    keep: Callable[[dict[str, Any]], None] = lambda report: None,
 ) -> dict[str, Any]:
-    """The report of `eval needle`: cells {length, depth, attention, correct, total}, and every single answer."""
+    """The report of `eval needle`: cells {length, depth, attention, correct, total}, and every single answer.
+
+    keep: gets the report so far, `complete` false and finished cells alone, after every text.
+    """
     tokenizer = model.tokenizer
     if tokenizer is None:
         raise ValueError(f"{model.name} has no tokenizer: prompts cannot be turned into tokens")
     chat = tokenizer.chat_template is not None
     teacher = scoring == "teacher" or (scoring == "auto" and not chat)
-    texts = {(n, s): needle_prompts(tokenizer, n, depths, seed + s, chat) for n in lengths for s in range(samples)}
-    cells, answers = [], []
+    keys = [(n, s) for n in lengths for s in range(samples)]
+    made = side_by_side("texts", [partial(needle_prompts, tokenizer, n, depths, seed + s, chat) for n, s in keys])
+    texts = dict(zip(keys, made, strict=True))
+    readers = make_readers(model, choices, {n: [texts[n, s] for s in range(samples)] for n in lengths}, teacher)
+    cells, answers, wanted = [], [], len(texts) * len(depths) * len(choices)
+    all_cells = len(lengths) * len(choices) * len(depths)
+
+    def report() -> dict[str, Any]:
+        return {
+            "model": model.name, "seed": seed, "dtype": str(np.dtype(model.dtype)),
+            "scoring": "argmax of the answer's tokens, teacher-forced" if teacher else f"answer in {MAX_NEW_TOKENS} greedy tokens",
+            "chat_template": chat, "complete": len(cells) == all_cells,
+            "settings": {choice.name: choice.settings for choice in choices}, "cells": cells, "answers": answers,
+        }  # fmt: skip
+
     with Progress(sum(lengths) * samples * len(choices), "needle") as bar:
         for length in lengths:
             for choice in choices:
-                backend = model.backend("dense") if choice.hga is None else model.backend("hga", choice.hga)
-                reader, right = Reader(model, backend, length), np.zeros(len(depths), int)
+                reader, right = readers[length, choice.name], np.zeros(len(depths), int)
                 for sample in range(samples):
-                    bar.note(f"{choice.name}, {length:,} tokens, text {sample + 1} of {samples}")
-                    prompts, report = texts[length, sample], partial(bar.within, bar.done)
+                    bar.note(f"prompt {len(answers) + 1} of {wanted}: {choice.name}, {length:,} tokens")
+                    prompts = texts[length, sample]
                     if teacher:
-                        correct, said = reader.predicted(prompts, report), [None] * len(prompts)
+                        correct, said = reader.predicted(prompts, bar.inside()), [None] * len(prompts)
                     else:
-                        said = [tokenizer.decode(ids) for ids in reader.generated(prompts, MAX_NEW_TOKENS, report)]
+                        said = [tokenizer.decode(ids) for ids in reader.generated(prompts, MAX_NEW_TOKENS, bar.inside())]
                         correct = [prompt.task.answers[0] in text for prompt, text in zip(prompts, said, strict=True)]
                     right += np.array(correct)
                     bar.finish(length)
@@ -87,15 +109,12 @@ def evaluate(
                          "wanted": prompt.task.answers[0], "said": text, "correct": bool(ok)}
                         for prompt, depth, text, ok in zip(prompts, depths, said, correct, strict=True)
                     ]  # fmt: skip
+                    keep(report())
                 cells += [
                     {"length": length, "depth": depth, "attention": choice.name, "correct": int(count), "total": samples}
                     for depth, count in zip(depths, right, strict=True)
                 ]
-    return {
-        "model": model.name, "seed": seed, "dtype": str(np.dtype(model.dtype)),
-        "scoring": "argmax of the answer's tokens, teacher-forced" if teacher else f"answer in {MAX_NEW_TOKENS} greedy tokens",
-        "chat_template": chat, "settings": {choice.name: choice.settings for choice in choices}, "cells": cells, "answers": answers,
-    }  # fmt: skip
+    return report()
 
 
 def as_text(report: dict[str, Any]) -> str:

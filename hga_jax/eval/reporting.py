@@ -7,11 +7,17 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+THREADS = 8  # texts and programs that are made at a time
+LINE_SECONDS = 10  # between two lines of progress, where stderr is no terminal
 
 
 def check_writable(option: str, target: str | None) -> None:
@@ -83,10 +89,30 @@ def write_json(target: str, data: dict[str, Any]) -> None:
         Path(target).write_text(text + "\n", encoding="utf-8")
 
 
+def keeper(target: str | None) -> Callable[[dict[str, Any]], None]:
+    """What writes a report that is still growing to the file `target`, so that a run that is cut off leaves what it has."""
+    if target is None or target == "-" or (Path(target).exists() and not Path(target).is_file()):
+        return lambda report: None
+    origin = provenance()
+    return lambda report: write_json(target, report | origin)
+
+
+def side_by_side[Result](name: str, work: Sequence[Callable[[], Result]]) -> list[Result]:
+    """What calls made in a few threads return, in their order. Raises the error of the first one that has failed."""
+    results = []
+    with Progress(len(work), name, unit="") as bar, ThreadPoolExecutor(THREADS) as pool:
+        for result in pool.map(lambda call: call(), work):
+            results.append(result)
+            bar.finish(1)
+    return results
+
+
 class Progress:
-    """A bar with the time left, on stderr, counted in tokens of prefill; silent when stderr is no terminal."""
+    """A bar with the time left, on stderr, counted in tokens of prefill; a line now and then where stderr is no terminal."""
 
     def __init__(self, total: int | None, name: str, unit: str = "tok"):
+        self._name, self._total, self._note, self._begin = name, total, "", time.monotonic()
+        self._said = self._begin
         self._bar = tqdm(total=total, desc=name, leave=False, file=sys.stderr, disable=None, mininterval=0.2, unit=unit, unit_scale=True)
         self._done = 0
 
@@ -97,7 +123,12 @@ class Progress:
 
     def note(self, text: str) -> None:
         """What is being worked on."""
+        self._note = text
         self._bar.set_postfix_str(text)
+
+    def inside(self) -> Callable[[int | float], None] | None:
+        """What hears how much of the run that begins now is done; None where nobody looks: the host waits for each layer to say so."""
+        return None if self._bar.disable else partial(self.within, self._done)
 
     def within(self, start: int, done: int | float) -> None:
         """A run that began when `start` was done has done `done` more."""
@@ -111,6 +142,12 @@ class Progress:
         """A run worth `amount` is over."""
         self._done += amount
         self._bar.update(self._done - self._bar.n)
+        now = time.monotonic()
+        if self._bar.disable and now - self._said >= LINE_SECONDS:
+            self._said, passed = now, now - self._begin
+            left = passed * (self._total - self._done) / self._done
+            said = f"{self._name}: {self._done / self._total:.0%} in {passed:.0f} s, about {left:.0f} s left"
+            print(", ".join(filter(None, (said, self._note))), file=sys.stderr)
 
     def __enter__(self) -> Progress:
         return self

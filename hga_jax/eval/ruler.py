@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from hga_jax.eval.answering import Reader
+from hga_jax.eval.answering import make_readers
 from hga_jax.eval.choices import Choice
 from hga_jax.eval.haystack import Prompt, fit
-from hga_jax.eval.reporting import Progress, table
+from hga_jax.eval.reporting import Progress, side_by_side, table
 from hga_jax.eval.ruler_tasks import FAMILIES, string_match
 from hga_jax.language_model import LanguageModel
 from hga_jax.text.tokenizer import Tokenizer
@@ -24,39 +24,56 @@ def ruler_prompt(tokenizer: Tokenizer, family: str, length: int, seed: int, chat
 
 
 def evaluate(
-    model: LanguageModel, families: Sequence[str], lengths: Sequence[int], choices: Sequence[Choice], samples: int, seed: int
+    model: LanguageModel,
+    families: Sequence[str],
+    lengths: Sequence[int],
+    choices: Sequence[Choice],
+    samples: int,
+    seed: int,
+    keep: Callable[[dict[str, Any]], None] = lambda report: None,
 ) -> dict[str, Any]:
-    """The report of `eval ruler`: cells {family, length, attention, score, total}, score 0..1 averaged over samples, and every answer."""
+    """The report of `eval ruler`: cells {family, length, attention, score, total}, score 0..1 averaged over samples, and every answer.
+
+    keep: gets the report so far, `complete` false and finished cells alone, after every answer.
+    """
     tokenizer = model.tokenizer
     if tokenizer is None:
         raise ValueError(f"{model.name} has no tokenizer: prompts cannot be turned into tokens")
     chat = tokenizer.chat_template is not None
     prompt_of = partial(ruler_prompt, tokenizer, chat=chat)
-    prompts = {(f, n, s): prompt_of(f, n, seed + s) for f in families for n in lengths for s in range(samples)}
-    cells, answers = [], []
+    keys = [(n, f, s) for n in lengths for f in families for s in range(samples)]
+    prompts = dict(zip(keys, side_by_side("texts", [partial(prompt_of, f, n, seed + s) for n, f, s in keys]), strict=True))
+    readers = make_readers(model, choices, {n: [[prompt] for key, prompt in prompts.items() if key[0] == n] for n in lengths})
+    cells, answers, wanted = [], [], len(prompts) * len(choices)
+    all_cells = len(lengths) * len(choices) * len(families)
+
+    def report() -> dict[str, Any]:
+        return {
+            "model": model.name, "seed": seed, "dtype": str(np.dtype(model.dtype)), "chat_template": chat,
+            "scoring": "share of the wanted strings in the greedy answer", "complete": len(cells) == all_cells,
+            "settings": {choice.name: choice.settings for choice in choices}, "cells": cells, "answers": answers,
+        }  # fmt: skip
+
     with Progress(sum(lengths) * len(families) * samples * len(choices), "ruler") as bar:
         for length in lengths:
             for choice in choices:
-                reader = Reader(model, model.backend("dense") if choice.hga is None else model.backend("hga", choice.hga), length)
+                reader = readers[length, choice.name]
                 for family in families:
                     scores = []
                     for sample in range(samples):
-                        bar.note(f"{choice.name}, {family}, {length:,} tokens, {sample + 1} of {samples}")
-                        prompt, report = prompts[family, length, sample], partial(bar.within, bar.done)
-                        said = tokenizer.decode(reader.generated([prompt], FAMILIES[family][1], report)[0])
+                        bar.note(f"prompt {len(answers) + 1} of {wanted}: {choice.name}, {family}, {length:,} tokens")
+                        prompt = prompts[length, family, sample]
+                        said = tokenizer.decode(reader.generated([prompt], FAMILIES[family][1], bar.inside())[0])
                         bar.finish(length)
                         scores.append(string_match(said, prompt.task.answers))
                         answers.append(
                             {"family": family, "length": length, "prompt_tokens": len(prompt.tokens), "attention": choice.name,
                              "sample": sample, "wanted": list(prompt.task.answers), "said": said, "score": scores[-1]}
                         )  # fmt: skip
+                        keep(report())
                     score = float(np.mean(scores))
                     cells.append({"family": family, "length": length, "attention": choice.name, "score": score, "total": samples})
-    return {
-        "model": model.name, "seed": seed, "dtype": str(np.dtype(model.dtype)), "chat_template": chat,
-        "scoring": "share of the wanted strings in the greedy answer",
-        "settings": {choice.name: choice.settings for choice in choices}, "cells": cells, "answers": answers,
-    }  # fmt: skip
+    return report()
 
 
 def as_text(report: dict[str, Any]) -> str:

@@ -135,11 +135,10 @@ def frequent_words(words: int, seed: int, exponent: float = 2.0, vocabulary: int
     """
     draw = random.Random(seed)
     zeta = sum(rank**-exponent for rank in range(1, vocabulary + 1))
-    coded: list[str] = []
-    while len(coded) < vocabulary:
-        word = coded_word(draw)
-        if word not in coded:
-            coded.append(word)
+    distinct: dict[str, None] = {}
+    while len(distinct) < vocabulary:
+        distinct[coded_word(draw)] = None
+    coded = list(distinct)
     counts = [round(words * rank**-exponent / zeta) for rank in range(1, vocabulary + 1)]
     counts[:4] = [max(counts[0], 4), max(counts[1], 3), max(counts[2], 2), min(max(counts[3], 1), max(counts[2], 2) - 1)]
     listed = [word for word, count in zip(coded, counts, strict=True) for _ in range(count)]
