@@ -350,11 +350,12 @@ def summarise_new(state: LayerState, start: Int[Array, ""], most: int, config: H
         fresh = policy.summarise_pages(state.summaries, state.history.pages, first, end, min(-(-(most - 1) // size) + 1, chunks))
         return replace(state, summaries=fresh)
     step = min(CHUNKS_AT_ONCE_CUDA if on_cuda() else CHUNKS_AT_ONCE, -(-(most - 1) // size) + 1, chunks)
+    sinks, _ = state.history.span(jnp.int32(0), min(config.sink_pages, state.history.capacity // config.group_size))
 
     def one(i: Array, summaries: Any) -> Any:
         begin = jnp.minimum(first + i * step, chunks - step)
         keys, _ = state.history.span(begin * config.groups_per_chunk, step * config.groups_per_chunk)
-        return write(summaries, policy.summarise(keys), begin, step)
+        return write(summaries, policy.summarise(keys, sinks), begin, step)
 
     if step == 1:
         return replace(state, summaries=one(jnp.int32(0), state.summaries))

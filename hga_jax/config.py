@@ -47,6 +47,8 @@ class HGAConfig:
     votes, vote_share, vote_stride: sketch policy, what keeps a page open for the next chunk: `votes` (query, head) pairs of the chunk's
     queries at positions p with p % vote_stride == 0 have vote_share of the threshold there, whether or not one of them asked for it.
     "auto": a 28th of the pairs (4 of the 112 of 7 heads). 0: any request does, and "threshold" levels are lower.
+    sketch_pairs: sketch policy, in how many rotary pairs sketches remember residuals: those in which the residuals of the sinks are
+    largest; the others count as zero. 0: all.
     page_capacity: sketch policy, the most routed pages of a kv head open at a time; further requests are refused, in query order.
     Decode kernels keep several lists a kv head, with room for as many pages twice over, and refuse when one is full.
     screening: sketch policy, how prefill finds pages. "off": every query scans every token. "on": every screen_stride-th query looks at
@@ -74,6 +76,7 @@ class HGAConfig:
     votes: int | Literal["auto"] = "auto"
     vote_share: float = 0.1
     vote_stride: int = 4
+    sketch_pairs: int = 0
     page_capacity: int = 1024
     screening: Literal["on", "off"] = "off"
     screen_stride: int = 4
@@ -105,6 +108,10 @@ class HGAConfig:
             raise ValueError(f"vote_share={self.vote_share} must lie in (0, 1]")
         if self.counts_votes and self.screening == "on":
             raise ValueError(f"screening='on' finds no votes: choose off, or votes=0 in place of {self.votes}")
+        if self.sketch_pairs < 0:
+            raise ValueError(f"sketch_pairs={self.sketch_pairs} must not be negative")
+        if self.policy == "sketch" and self.sketch_pairs and self.sink_chunks == 0:
+            raise ValueError(f"sketch_pairs={self.sketch_pairs} are chosen by the keys of the sinks: sink_chunks must be at least 1")
         if self.page_capacity < 1:
             raise ValueError(f"page_capacity={self.page_capacity} must be at least 1")
         if self.screening not in ("on", "off"):
@@ -133,6 +140,10 @@ class HGAConfig:
         return self.chunk_size // self.group_size
 
     @property
+    def sink_pages(self) -> int:
+        return self.sink_chunks * self.groups_per_chunk
+
+    @property
     def unrouted(self) -> int:
         """Tokens at the start of a sequence whose queries have nothing to route: windows cover what they see."""
         return (self.sink_chunks + self.local_chunks + 1) * self.chunk_size
@@ -153,6 +164,10 @@ class HGAConfig:
             return 0
         pairs = self.chunk_size // self.vote_stride * queries_per_kv_head
         return min(max(round(pairs / 28), 1), ENOUGH) if self.votes == "auto" else self.votes
+
+    def sketched_pairs(self, head_dim: int) -> int:
+        """In how many rotary pairs sketches remember residuals."""
+        return self.sketch_pairs or head_dim // 2
 
     def pairs_for(self, room: int, head_dim: int) -> int:
         """In how many rotary pairs prefill by page lists scans a history with room for so many tokens; 0: by sketches."""

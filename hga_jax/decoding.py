@@ -261,12 +261,13 @@ def close_chunk(state: LayerState, held: Int[Array, ""], config: HGAConfig, poli
     chunk = jnp.maximum(held - 1, 0) // config.chunk_size
     if isinstance(history, HostHistory):
         place = place_of(chunk * per_chunk, config)
-        keys = lax.dynamic_slice_in_dim(history.window, place, per_chunk, axis=1)[:, :, 0]
+        held_pages = history.window
         history = history.with_window_written(place, chunk * per_chunk, per_chunk, how.plain())
     else:
-        keys = lax.dynamic_slice_in_dim(history.pages, chunk * per_chunk, per_chunk, axis=1)[:, :, 0]
-    keys = keys.reshape(keys.shape[0], config.chunk_size, keys.shape[-1])
-    summaries = write(state.summaries, policy.summarise(keys), chunk, 1)
+        held_pages, place = history.pages, chunk * per_chunk
+    keys, sinks = lax.dynamic_slice_in_dim(held_pages, place, per_chunk, axis=1), held_pages[:, : config.sink_pages]
+    keys, sinks = (x[:, :, 0].reshape(len(x), -1, x.shape[-1]) for x in (keys, sinks))
+    summaries = write(state.summaries, policy.summarise(keys, sinks), chunk, 1)
     return replace(state, history=history, summaries=summaries)
 
 

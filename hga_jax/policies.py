@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from hga_jax.config import HGAConfig, RopeConfig
 from hga_jax.routing import Granted, grant_each, grant_remembered, request_by_threshold, request_top
-from hga_jax.sketches import KeySketches, built_in_rotation, key_sketches
+from hga_jax.sketches import KeySketches, built_in_rotation, key_sketches, told_coordinates
 from hga_jax.summaries import KeySums, key_sums
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.limits import power_of_two
@@ -42,7 +42,8 @@ class PageLists(NamedTuple):
 
 
 class Policy(NamedTuple):
-    """summarise: post-RoPE keys [K, whole chunks, H] -> summaries, any pytree that summaries.write understands.
+    """summarise: (post-RoPE keys [K, whole chunks, H], those of the sinks [K, sinks, H]) -> summaries, any pytree that summaries.write
+    understands.
     summarise_pages: (summaries, pages of a device history, first chunk, end, most chunks) -> summaries with those of the chunks from first
     to end made anew, as a kernel for NVIDIA GPUs; None: there is none.
     request: (query [K, B, G, Q, H] of B neighbouring chunks, live [B, Q], positions [B, Q], summaries, log of the window scores' summed
@@ -53,7 +54,7 @@ class Policy(NamedTuple):
     remembers: whether requests outlive their block; then `grant` takes and returns a stamp a page. never: that of one not requested yet.
     """
 
-    summarise: Callable[[Float[Array, "K S H"]], Any]
+    summarise: Callable[[Float[Array, "K S H"], Float[Array, "K sinks H"]], Any]
     summarise_pages: Callable[..., Any] | None
     request: Callable[..., Any]
     grant: Callable[..., Granted]
@@ -70,12 +71,12 @@ def policy_for(
     config: HGAConfig, rope: RopeConfig | None, head_dim: int, scale: float, rotation: Array | np.ndarray | None = None
 ) -> Policy:
     """The functions of config.policy, their settings filled in. Raises ValueError when the policy needs a rope and none is given, or
-    config.scan_pairs is more than there are."""
+    config.scan_pairs or sketch_pairs is more than there are."""
     if config.policy == "paper":
         if config.summary == "mixed_rope" and rope is None:
             raise ValueError("summary='mixed_rope' needs rope=RopeConfig(theta=...): give the keys' rotation or choose summary='mean'")
         return Policy(
-            partial(key_sums, config=config, rope=rope),
+            lambda keys, _: key_sums(keys, config, rope),
             None,
             partial(request_top, config=config),
             grant_each,
@@ -84,11 +85,15 @@ def policy_for(
         )
     if config.scan_pairs != "auto" and config.scan_pairs > head_dim // 2:
         raise ValueError(f"scan_pairs={config.scan_pairs}: keys of {head_dim} coordinates have {head_dim // 2} rotary pairs")
+    pairs = config.sketched_pairs(head_dim)
+    if pairs > head_dim // 2:
+        raise ValueError(f"sketch_pairs={config.sketch_pairs}: keys of {head_dim} coordinates have {head_dim // 2} rotary pairs")
+    told = partial(told_coordinates, chunk_size=config.chunk_size, pairs=pairs)
     fits_kernels = power_of_two(config.chunk_size) and power_of_two(config.group_size) and config.chunk_size >= 16
     rotation = jnp.asarray(built_in_rotation(head_dim) if rotation is None else rotation, jnp.float32)
     return Policy(
-        partial(key_sketches, chunk_size=config.chunk_size, rotation=rotation),
-        partial(sketch_new_pages, rotation=rotation) if fits_kernels else None,
+        lambda keys, sinks: key_sketches(keys, told(sinks), config.chunk_size, rotation),
+        partial(sketch_new_pages, told=told, sink_pages=config.sink_pages, rotation=rotation) if fits_kernels else None,
         partial(request_by_threshold, config=config, rotation=rotation, scale=scale),
         partial(grant_remembered, config=config),
         partial(list_by_threshold, config=config, rotation=rotation, scale=scale),
@@ -131,13 +136,17 @@ def sketch_new_pages(
     end_chunk: Int[Array, ""],
     most: int,
     *,
+    told: Callable[[Float[Array, "K sinks H"]], Float[Array, "K H"]],
+    sink_pages: int,
     rotation: Float[Array, "H H"],
 ) -> KeySketches:
     """sketches.key_sketches of at most `most` chunks of a history, written into their place."""
 
     @custom_batching.sequential_vmap
     def run(pages: Array, *arrays: Array) -> tuple:
-        return sketch_pages(pages, *arrays[:3], rotation, *arrays[3:], most)
+        sinks = pages[:, :sink_pages, 0]
+        coordinates = told(sinks.reshape(len(sinks), -1, sinks.shape[-1]))
+        return sketch_pages(pages, *arrays[:3], coordinates, rotation, *arrays[3:], most)
 
     return KeySketches(*run(pages, sketches.means, sketches.codes, sketches.scales, first_chunk, end_chunk))
 

@@ -152,10 +152,21 @@ def _paper(query, key, config, rope, rotation, query_start, scale):
     return opened, requested, 0
 
 
-def sketch_tokens(keys: np.ndarray, rotation: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def told_coordinates(sinks: np.ndarray, chunk_size: int, pairs: int) -> np.ndarray:
+    """Where sketches of one kv head remember residuals [H], told by the keys of the sinks [S, H]."""
+    half = sinks.shape[1] // 2
+    if pairs == half:
+        return np.ones(2 * half)
+    keys = sinks.reshape(-1, chunk_size, 2 * half)
+    spread = ((keys - keys.mean(1, keepdims=True)) ** 2).sum((0, 1))
+    best = np.argsort(-(spread[:half] + spread[half:]), kind="stable")[:pairs]
+    return np.isin(np.arange(2 * half) % half, best)
+
+
+def sketch_tokens(keys: np.ndarray, told: np.ndarray, rotation: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """One closed chunk of one kv head, keys [C, H]: (mean [H], codes [C, H] in 0..3, scales [C])."""
     mean = keys.mean(0)
-    residual = (keys - mean) @ rotation
+    residual = ((keys - mean) * told) @ rotation
     size = np.sqrt((residual**2).mean(-1, keepdims=True))
     codes = np.searchsorted(THRESHOLDS, residual / np.where(size > 0, size, 1), side="right")
     levels = LEVELS[codes]
@@ -172,7 +183,8 @@ def _sketch(query, key, config, rope, rotation, query_start, scale):
     for c in range(closed):
         part = slice(c * size, (c + 1) * size)
         for k in range(kv_heads):
-            mean, codes, scales = sketch_tokens(key[part, k], rotation)
+            told = told_coordinates(key[: config.sink_chunks * size, k], size, config.sketched_pairs(width))
+            mean, codes, scales = sketch_tokens(key[part, k], told, rotation)
             means[part, k] = mean
             estimates[part, k] = LEVELS[codes] * scales[:, None]
     opened = np.zeros((length, heads, closed * pages), bool)

@@ -14,6 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, UInt8
 
 from hga_jax.pytree import register
+from pallas_kernels.sketch_prefill_routing.pairs import by_pair
 
 # Lloyd-Max quantiser of a unit Gaussian, four levels (Max 1960, table I, n = 4): levels +-INNER, +-OUTER, thresholds 0 and +-EDGE.
 INNER, OUTER, EDGE = 0.4528, 1.5104, 0.9816
@@ -23,7 +24,8 @@ ROTATION_VERSION = 1  # part of every stored sketch's format: another rotation r
 @register
 @dataclass(frozen=True)
 class KeySketches:
-    """means: of the post-RoPE keys of each chunk. codes: four coordinates a byte, of the rotated residual from the mean. scales: per token.
+    """means: of the post-RoPE keys of each chunk. codes: four coordinates a byte, of the rotated residual from the mean, which is
+    remembered in some rotary pairs alone (see told_coordinates). scales: per token.
 
     Byte b of a token holds coordinates b, b + B, b + 2B, b + 3B (B bytes a token, missing ones zero), the first in the lowest bits; a code
     0..3 stands for -OUTER, -INNER, INNER, OUTER times the token's scale. Means and scales have the keys' dtype.
@@ -46,12 +48,26 @@ def built_in_rotation(head_dim: int) -> Float[np.ndarray, "H H"]:
     return (q * np.sign(np.diag(r))).astype(np.float32)
 
 
-def key_sketches(keys: Float[Array, "K S H"], chunk_size: int, rotation: Float[Array, "H H"]) -> KeySketches:
-    """Sketches of whole chunks of post-RoPE keys; float32 inside. The residual is taken from the mean as stored."""
+def told_coordinates(sinks: Float[Array, "K S H"], chunk_size: int, pairs: int) -> Float[Array, "K H"]:
+    """1 at the coordinates of the `pairs` rotary pairs (i, i + H/2) in which keys are farthest from their chunk's mean, 0 elsewhere.
+
+    sinks: whole chunks of keys, which need no sketches, so that no sketch waits for others.
+    """
+    if 2 * pairs == sinks.shape[-1]:
+        return jnp.ones((sinks.shape[0], sinks.shape[2]))
+    keys = sinks.astype(jnp.float32).reshape(len(sinks), -1, chunk_size, sinks.shape[-1])
+    energy = by_pair(((keys - keys.mean(2, keepdims=True)) ** 2).sum((1, 2)))
+    chosen = lax.top_k(energy, pairs)[1]
+    told = jnp.zeros_like(energy).at[jnp.arange(len(energy))[:, None], chosen].set(1)
+    return jnp.concatenate([told, told], axis=-1)
+
+
+def key_sketches(keys: Float[Array, "K S H"], told: Float[Array, "K H"], chunk_size: int, rotation: Float[Array, "H H"]) -> KeySketches:
+    """Sketches of whole chunks of post-RoPE keys; float32 inside. The residual is taken from the mean as stored, where `told` is 1."""
     kv_heads, tokens, width = keys.shape
     parts = keys.astype(jnp.float32).reshape(kv_heads, -1, chunk_size, width)
     means = parts.mean(2).astype(keys.dtype)
-    residual = (parts - means[:, :, None].astype(jnp.float32)).reshape(kv_heads, tokens, width)
+    residual = (parts - means[:, :, None].astype(jnp.float32)).reshape(kv_heads, tokens, width) * told[:, None]
     residual = jnp.einsum("ksh,hi->ksi", residual, jnp.asarray(rotation, jnp.float32), precision=lax.Precision.HIGHEST)
     edge = EDGE * jnp.sqrt(jnp.mean(residual**2, axis=-1, keepdims=True))
     outer, positive = jnp.abs(residual) >= edge, residual >= 0

@@ -63,9 +63,10 @@ def key_sums(keys: Float[Array, "K S H"], config: HGAConfig, rope: RopeConfig | 
     return KeySums(sums(config.chunk_size).astype(keys.dtype), (sums(config.group_size) * scale).astype(keys.dtype))
 
 
-def empty(summarise: Callable[[Array], Any], kv_heads: int, tokens: int, head_dim: int, dtype: Any) -> Any:
+def empty(summarise: Callable[[Array, Array], Any], kv_heads: int, tokens: int, head_dim: int, dtype: Any) -> Any:
     """The pytree that `summarise` makes of `tokens` tokens, all zeros."""
-    shapes = jax.eval_shape(summarise, jax.ShapeDtypeStruct((kv_heads, tokens, head_dim), dtype))
+    keys = jax.ShapeDtypeStruct((kv_heads, tokens, head_dim), dtype)
+    shapes = jax.eval_shape(summarise, keys, keys)
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
 

@@ -23,7 +23,7 @@ def load(name, policy):
     data = np.load(GOLDEN / f"{name}.npz")
     meta = json.loads(str(data["meta"]))
     fields = ("chunk_size", "group_size", "sink_chunks", "local_chunks", "top_chunks", "top_groups", "threshold")
-    config = HGAConfig(policy=policy, votes=0, **{field: meta[field] for field in fields if field in meta})
+    config = HGAConfig(policy=policy, votes=0, sketch_pairs=0, **{field: meta[field] for field in fields if field in meta})
     return {key: data[key] for key in data.files}, meta, config, RopeConfig(meta["rope_theta"])
 
 
@@ -71,7 +71,8 @@ def test_paper_oracle(name):
 def test_sketch_codes(name):
     data, _, config, _ = load(name, "sketch")
     tokens = len(data["head0_codes"])
-    sketches = key_sketches(jnp.asarray(data["k"][:tokens, :1]).swapaxes(0, 1), config.chunk_size, jnp.asarray(data["rotation"]))
+    keys = jnp.asarray(data["k"][:tokens, :1]).swapaxes(0, 1)
+    sketches = key_sketches(keys, jnp.ones((1, keys.shape[2])), config.chunk_size, jnp.asarray(data["rotation"]))
     np.testing.assert_array_equal(codes_of(sketches.codes, data["k"].shape[2])[0].T, data["head0_codes"])
     np.testing.assert_allclose(sketches.scales[0], data["head0_scales"], rtol=1e-5)
     np.testing.assert_allclose(sketches.means[0], data["head0_means"], atol=1e-5)

@@ -82,7 +82,7 @@ def test_prefill_kernels_take_what_fits_and_name_what_does_not(kv_heads, fits):
 
     calls = [
         (attend, (query, pages, number, number, lists, lists, shape(kv_heads, 3, 1, dtype=jnp.int32))),
-        (summarise, (pages, *sketches(kv_heads), rotation, number, number)),
+        (summarise, (pages, *sketches(kv_heads), shape(kv_heads, 128, dtype=jnp.float32), rotation, number, number)),
         (routing, (query, pages, *sketches(kv_heads), rotation, stamps, number, number)),
     ]
     for call, arrays in calls:

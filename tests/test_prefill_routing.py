@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hga_jax.sketches import key_sketches, told_coordinates
 from pallas_kernels.sketch_prefill_routing import Config, Rule, Screen, Tile, route
 from pallas_kernels.sketch_prefill_routing.keys import PageKeys, page_statistics, sketched_keys
 from pallas_kernels.sketch_prefill_routing.pairs import choose_dims, pair_keys, query_energy
@@ -272,9 +273,11 @@ def test_sketch_kernels(interpret, head_dim, dtype):
     keys = jnp.asarray(rng.standard_normal((2, 96, head_dim)) + 1, dtype)
     rotation = jnp.asarray(np.linalg.qr(rng.standard_normal((head_dim, head_dim)))[0], jnp.float32)
     pages = jnp.stack([keys, keys * 0], axis=1).reshape(2, 2, -1, GROUP, head_dim).swapaxes(1, 2)
-    means, codes, scales = (x if x.dtype == jnp.uint8 else x.astype(dtype) for x in sketch_chunks(keys, rotation, CHUNK))
+    told = told_coordinates(keys[:, : 2 * CHUNK], CHUNK, head_dim // 4)
+    expected = key_sketches(keys, told, CHUNK, rotation)
+    means, codes, scales = expected.means, expected.codes, expected.scales
     blank = tuple(jnp.full_like(x, 3) for x in (means, codes, scales))
-    made = sketch_pages(pages, *blank, rotation, jnp.int32(1), jnp.int32(5), 6, interpret=interpret)
+    made = sketch_pages(pages, *blank, told, rotation, jnp.int32(1), jnp.int32(5), 6, interpret=interpret)
     for new, expected in zip(made, (means, codes, scales), strict=True):
         per_chunk = expected.shape[1] // 6
         touched = slice(per_chunk, 5 * per_chunk)

@@ -36,6 +36,7 @@ def test_settings(changes):
         {"votes": 3, "vote_share": 0.3, "threshold": 0.05, "vote_stride": 1},
         {"votes": 4, "vote_share": 0.2, "local_chunks": 0, "threshold": 0.1, "vote_stride": 2},
         {"votes": 2, "vote_share": 0.3, "threshold": 0.05, "page_capacity": 7},
+        {"sketch_pairs": 3, "sink_chunks": 2, "votes": 3, "vote_share": 0.3, "threshold": 0.05},
     ],
     ids=str,
 )

@@ -14,6 +14,7 @@ ROPE = RopeConfig(10000.0)
 SKETCH = HGAConfig(chunk_size=16, group_size=4, sink_chunks=1, local_chunks=1, policy="sketch", threshold=0.15, votes=0)
 PAIRS = replace(SKETCH, scan_pairs=3, threshold=0.1)
 VOTES = replace(SKETCH, votes=2, vote_share=0.5, vote_stride=2)
+TOLD = replace(VOTES, sketch_pairs=5)
 PAPER = replace(SKETCH, policy="paper", top_chunks=2, top_groups=6)
 TOKENS = 150
 
@@ -38,7 +39,9 @@ def changed_after(t, arrays):
     return tuple(jnp.where(after, other, array) for array, other in zip(arrays, tensors(seed=7), strict=True))
 
 
-@pytest.mark.parametrize("config", [SKETCH, replace(SKETCH, page_capacity=4), PAIRS, VOTES], ids=["room", "full", "pairs", "votes"])
+@pytest.mark.parametrize(
+    "config", [SKETCH, replace(SKETCH, page_capacity=4), PAIRS, VOTES, TOLD], ids=["room", "full", "pairs", "votes", "told"]
+)
 def test_sketch_never_looks_ahead(config):
     run, arrays = runner(config), tensors()
     out, visible = run(*arrays)
@@ -64,7 +67,7 @@ def test_paper_looks_ahead_inside_the_last_chunk_only():
     assert displaced > 0  # what the paper's shared cut does: later queries take pages from earlier ones of their chunk
 
 
-@pytest.mark.parametrize("config", [SKETCH, replace(SKETCH, page_capacity=4), VOTES], ids=["room", "full", "votes"])
+@pytest.mark.parametrize("config", [SKETCH, replace(SKETCH, page_capacity=4), VOTES, TOLD], ids=["room", "full", "votes", "told"])
 def test_sketch_prefill_then_decode_is_prefill(config):
     """Any split into prefill calls and decode steps opens the same pages, and so remembers the same requests."""
     arrays = tensors()

@@ -98,7 +98,8 @@ def main(argv: list[str]) -> None:
 def sketches_of(query: jax.Array, keys: jax.Array, pages: jax.Array, config: HGAConfig, options: argparse.Namespace) -> tuple[jax.Array]:
     """What queries are compared with: all tokens as sketches remember them."""
     head_dim = query.shape[2]
-    sketches = jax.jit(policy_for(config, None, head_dim, head_dim**-0.5).summarise)(keys.swapaxes(0, 1))
+    keys = keys.swapaxes(0, 1)
+    sketches = jax.jit(policy_for(config, None, head_dim, head_dim**-0.5).summarise)(keys, keys[:, : config.sink_chunks * CHUNK])
     arrays = [x if x.dtype == jnp.uint8 else x.astype(keys.dtype) for x in (sketches.means, sketches.codes, sketches.scales)]
     rotation, closed = jnp.asarray(built_in_rotation(head_dim), jnp.float32), jnp.int32(options.tokens // CHUNK)
     return (page_keys(*arrays, rotation, GROUP, closed, implementation="pallas", interpret=options.interpret).tokens,)

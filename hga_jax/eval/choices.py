@@ -24,7 +24,10 @@ class Choice:
         """The settings that matter to this choice, for reports."""
         if self.hga is None:
             return {}
-        sketch, paper = ("threshold", "votes", "vote_share", "vote_stride", "page_capacity"), ("top_chunks", "top_groups", "summary")
+        sketch, paper = (
+            ("threshold", "votes", "vote_share", "vote_stride", "sketch_pairs", "page_capacity"),
+            ("top_chunks", "top_groups", "summary"),
+        )
         other = sketch if self.hga.policy == "paper" else paper
         return {f.name: getattr(self.hga, f.name) for f in fields(self.hga) if f.name not in other}
 

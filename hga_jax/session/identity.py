@@ -19,7 +19,7 @@ from hga_jax.model import Decoder, weight_leaves
 from hga_jax.sketches import ROTATION_VERSION
 
 # Settings younger than the format, with what was done before them: left out where they say that, so that histories stored before stay good.
-LATER_SETTINGS = {"scan_pairs": 0, "pairs_threshold": 0.0, "votes": 0}
+LATER_SETTINGS = {"scan_pairs": 0, "pairs_threshold": 0.0, "votes": 0, "sketch_pairs": 0}
 STAMPS_VERSION = 2  # how many votes a page has, counted up to votes.ENOUGH
 SAMPLES = 1024  # values of each weight that its fingerprint covers, evenly spread: other weights differ nearly everywhere
 

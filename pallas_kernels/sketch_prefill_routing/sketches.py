@@ -51,6 +51,7 @@ def _quarter(rotation_ref: Any, quarter: int, byte: Array, code_bytes: int, tran
 def _sketch_kernel(
     chunks_ref,  # [2] i32: first chunk to summarise, end
     pages_ref,  # [K, P, 2, g, H]
+    told_ref,  # [K, H] f32
     rotation_ref,  # [H, H] f32
     _means_ref,  # the buffers of the outputs
     _codes_ref,
@@ -74,7 +75,8 @@ def _sketch_kernel(
         keys = plgpu.load(pages_ref.at[(*at, dim[None, :])], mask=mask, other=0).astype(jnp.float32)
         mean = (jnp.sum(keys, axis=0) / chunk_size).astype(means_ref.dtype)
         plgpu.store(means_ref.at[outer(k, chunk, dim)], mean, mask=dim < head_dim)
-        residual = keys - mean.astype(jnp.float32)[None, :]
+        told = plgpu.load(told_ref.at[outer(k, dim)], mask=dim < head_dim, other=0)
+        residual = (keys - mean.astype(jnp.float32)[None, :]) * told[None, :]
 
         byte = span(0, max(16, pl.next_power_of_2(code_bytes)))
         quarters = []
@@ -100,6 +102,7 @@ def sketch_pages(
     means: Float[Array, "K C H"],
     codes: UInt8[Array, "K S B"],
     scales: Float[Array, "K S"],
+    told: Float[Array, "K H"],
     rotation: Float[Array, "H H"],
     first_chunk: Int[Array, ""],
     end_chunk: Int[Array, ""],
@@ -107,7 +110,10 @@ def sketch_pages(
     *,
     interpret: bool = False,
 ) -> tuple[Float[Array, "K C H"], UInt8[Array, "K S B"], Float[Array, "K S"]]:
-    """Means, codes and scales with those of at most `most` chunks from first_chunk to end_chunk - 1 taken anew from the keys, in place."""
+    """Means, codes and scales with those of at most `most` chunks from first_chunk to end_chunk - 1 taken anew from the keys, in place.
+
+    told: 1 at the coordinates in which residuals are remembered, 0 elsewhere.
+    """
     check_offsets(pages=pages, codes=codes)
     chunk_size = codes.shape[1] // means.shape[1]
     old = (means, codes, scales)
@@ -115,14 +121,14 @@ def sketch_pages(
         pl.pallas_call(
             partial(_sketch_kernel, chunk_size=chunk_size, exact=pages.dtype == jnp.float32),
             grid=(most, pages.shape[0]),
-            in_specs=[pl.no_block_spec] * 6,
+            in_specs=[pl.no_block_spec] * 7,
             out_specs=[pl.no_block_spec] * 3,
             out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in old],
-            input_output_aliases={3: 0, 4: 1, 5: 2},
+            input_output_aliases={4: 0, 5: 1, 6: 2},
             compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
             interpret=interpret,
             name="sketch_pages",
-        )(jnp.stack([first_chunk, end_chunk]).astype(jnp.int32), pages, rotation.astype(jnp.float32), *old)
+        )(jnp.stack([first_chunk, end_chunk]).astype(jnp.int32), pages, told, rotation.astype(jnp.float32), *old)
     )
 
 
