@@ -1,7 +1,5 @@
 """Compile one layer's prefill and decode, kernels included, for an NVIDIA GPU that is not there: lowering, layouts, shared memory, ptxas.
 
-The decode experts are also compiled with each of the settings that the bench times.
-
     python tests/compile_without_gpu.py h100|a100|rtx5090 [--policy sketch paper sketch:votes=16,vote_share=0.1 sketch:scan_pairs=16]
 
 What interpret mode cannot catch, without device time. Needs the CUDA plugin (pip install -e '.[cuda]'; no driver, no GPU) and, where the
@@ -25,7 +23,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import pallas_kernels.dispatch
 import pallas_kernels.fp8
-import pallas_kernels.prefetch
 
 # compute capability, bytes of shared memory that one block may have, Pallas' name for the nearest GPU it knows
 TARGETS = {
@@ -56,11 +53,9 @@ def main() -> int:
     gpu_info.get_gpu_info = lambda: info
     pallas_kernels.dispatch.on_cuda = lambda: True  # before hga_jax imports it
     pallas_kernels.fp8.conversion_for = lambda device=None: "bits" if options.target == "a100" else "cast"
-    pallas_kernels.prefetch.available = lambda device=None: options.target != "a100"
     from hga_jax import programs
     from hga_jax.attention import HGAAttention
     from hga_jax.backend import Stats
-    from hga_jax.bench.moe import candidates, kernel_mlp, random_weight
     from hga_jax.config import ModelConfig, RopeConfig
     from hga_jax.eval.choices import parse_choices
     from hga_jax.model import Decoder
@@ -80,28 +75,23 @@ def main() -> int:
     layer = there(Decoder.abstract(config, jnp.bfloat16)).layers[0]
     number, stats = there(jax.ShapeDtypeStruct((), jnp.int32)), there(jax.eval_shape(Stats.zero))
     rows, row = (there(jax.ShapeDtypeStruct(shape, jnp.bfloat16)) for shape in ((TOKENS, 2048), (2048,)))
-    token = there(jax.ShapeDtypeStruct((1, 2048), jnp.bfloat16))
-    ids, weights = (there(jax.ShapeDtypeStruct((1, 8), dtype)) for dtype in (jnp.int32, jnp.float32))
-    shapes = ((128, 768, 2048), (128, 768, 2048), (128, 2048, 768))
-    experts = there(tuple(jax.eval_shape(lambda shape=shape: random_weight(jax.random.key(0), shape)) for shape in shapes))
-    mlp = jax.jit(kernel_mlp, static_argnums=4)
-    traced = {f"decode experts, {name}": mlp.trace(token, ids, weights, experts, setting) for name, setting in candidates().items()}
+    failed = 0
     for policy, hga in ((choice.name, choice.hga) for choice in parse_choices(options.policy)):
         backend = HGAAttention(hga, config.rope)
         state = there(jax.eval_shape(lambda b=backend: b.init_state(TOKENS + 256, 4, 128, jnp.bfloat16)))
-        prefill = programs.prefill_layer.trace(layer, rows, number, number, state, stats, backend=backend, segment=16384)
-        traced[f"prefill of one layer, {policy}"] = prefill
-        traced[f"decode of one layer, {policy}"] = programs._decode_layer.trace(layer, row, number, state, backend=backend)
-    failed = 0
-    for name, program in traced.items():
-        begin = time.perf_counter()
-        try:
-            compiled = program.lower(lowering_platforms=("cuda",)).compile()
-            memory = compiled.memory_analysis()
-            said = f"ok, temporaries {memory.temp_size_in_bytes / 2**20:.0f} MiB" if memory else "ok"
-        except Exception as error:  # each program is reported
-            said, failed = f"FAILED: {type(error).__name__}: {str(error)[:500]}", failed + 1
-        print(f"{options.target}: {name}: {said}, {time.perf_counter() - begin:.0f} s", flush=True)
+        traced = {
+            "prefill": programs.prefill_layer.trace(layer, rows, number, number, state, stats, backend=backend, segment=16384),
+            "decode": programs._decode_layer.trace(layer, row, number, state, backend=backend),
+        }
+        for name, program in traced.items():
+            begin = time.perf_counter()
+            try:
+                compiled = program.lower(lowering_platforms=("cuda",)).compile()
+                memory = compiled.memory_analysis()
+                said = f"ok, temporaries {memory.temp_size_in_bytes / 2**20:.0f} MiB" if memory else "ok"
+            except Exception as error:  # each program is reported
+                said, failed = f"FAILED: {type(error).__name__}: {str(error)[:500]}", failed + 1
+            print(f"{options.target}: {name} of one layer, {policy}: {said}, {time.perf_counter() - begin:.0f} s", flush=True)
     return failed
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,9 +9,8 @@ import pytest
 
 from pallas_kernels import fp8_matvec, moe_decode
 from pallas_kernels.fp8_matvec import reference as matvec_reference
-from pallas_kernels.moe_decode import kernel, reference
+from pallas_kernels.moe_decode import reference
 from pallas_kernels.normalise import Norm
-from pallas_kernels.prefetch import share
 
 MODES = [pytest.param(True, id="interpret"), pytest.param(False, id="native", marks=pytest.mark.gpu)]
 
@@ -110,26 +107,6 @@ def test_expert_mlp(tokens, experts, choices, size, width, fp8, interpret):
     expected = reference.expert_mlp(normalised(x, norm), np.asarray(ids), np.asarray(weights), *wide) + np.asarray(x, np.float64)
     out = moe_decode.expert_mlp(x, ids, weights, values, scales, norm=norm, residual=x, config=config, interpret=interpret)
     assert relative(out, expected) < 2e-6
-    asking = dataclasses.replace(config, prefetch="all")
-    again = moe_decode.expert_mlp(x, ids, weights, values, scales, norm=norm, residual=x, config=asking, interpret=interpret)
-    np.testing.assert_array_equal(again, out)
-
-
-@pytest.mark.parametrize(("programs", "total"), [(48, 2048), (5, 7), (8, 4), (1, 3)])
-def test_shares_cover_everything_once(programs, total):
-    runs = [share(jnp.int32(program), programs, total) for program in range(programs)]
-    assert [i for start, count in runs for i in range(int(start), int(start) + int(count))] == list(range(total))
-
-
-def test_prefetch_only_where_it_fits():
-    def asked(size, width=2048, pairs=8, dtype=jnp.float8_e4m3fn):
-        shapes = (128, size, width), (128, size, width), (128, width, size)
-        return kernel.prefetched("all", tuple(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes), pairs)
-
-    assert asked(768) == "all"  # 12.6 MB of down weights
-    assert asked(768, pairs=16) == "none"  # two tokens
-    assert asked(768, dtype=jnp.bfloat16) == "none"
-    assert asked(760) == "none"  # rows of down are not whole 16 bytes
 
 
 @pytest.mark.gpu

@@ -1,6 +1,5 @@
 """The FP8 weight kernels beside their ceilings: expert MLP in decode and prefill, decode matvecs, output head.
 
-For one token the expert MLP is also timed with other settings than its own (`candidates`), to choose those of another GPU.
 Weights are random e4m3 values with random block scales, of as many layers as keep them out of the caches. Every timed program is checked
 first against float32 arithmetic on the dequantised weights. Decode programs run their layers many times inside one compiled loop, so that
 the time of dispatching from the host stays out of the number.
@@ -14,7 +13,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -25,7 +23,6 @@ from jax import lax
 
 from hga_jax.quantized import BlockScaled, dequantize
 from pallas_kernels import fp8_matvec, moe_decode, moe_prefill
-from pallas_kernels.fp8 import conversion_for
 
 WIDTH, SIZE, EXPERTS, CHOICES = 2048, 768, 128, 8  # Qwen3-30B-A3B: D, F, experts, experts a token
 PROJECTIONS = {"qkv": (5120, 2048), "o": (2048, 4096), "k": (512, 2048)}
@@ -98,26 +95,9 @@ def ceilings(keys: Any) -> dict[str, float]:
     return {"read_gb_s": read / 1e9, "bf16_tflop_s": 2 * 8192**3 / seconds(jax.jit(jnp.matmul), a, b) / 1e12}
 
 
-def kernel_mlp(x: Any, ids: Any, weights: Any, layer: tuple[BlockScaled, ...], config: Any = None) -> Any:
-    run = moe_decode.expert_mlp if x.shape[0] <= moe_decode.MAX_TOKENS else moe_prefill.expert_mlp
-    return run(x, ids, weights, tuple(m.values for m in layer), tuple(m.scales for m in layer), config=config)
-
-
-def candidates() -> dict[str, moe_decode.Config]:
-    """Settings of the decode expert MLP to choose among, by what they change; the last repeats the first, which shows the noise."""
-    plain = replace(moe_decode.measured(conversion_for()), prefetch="none")
-    low = replace(plain.gate_up, rows=8, columns=1024)  # twice the programs, half the loads each
-    few = replace(plain.down, warps=8)  # twice the loads a thread, fewer threads to meet at the end
-    return {
-        "no prefetch": plain,
-        "prefetch down": replace(plain, prefetch="down"),
-        "prefetch all": replace(plain, prefetch="all"),
-        "gate/up 8x1024": replace(plain, gate_up=low),
-        "gate/up 8x1024, prefetch all": replace(plain, gate_up=low, prefetch="all"),
-        "down 8 warps, prefetch all": replace(plain, down=few, prefetch="all"),
-        "down 16 rows, prefetch all": replace(plain, down=replace(plain.down, rows=16), prefetch="all"),
-        "no prefetch, again": plain,
-    }
+def kernel_mlp(x: Any, ids: Any, weights: Any, layer: tuple[BlockScaled, ...]) -> Any:
+    run = moe_decode.expert_mlp if x.shape[0] <= 4 else moe_prefill.expert_mlp
+    return run(x, ids, weights, tuple(m.values for m in layer), tuple(m.scales for m in layer))
 
 
 def bench_decode(keys: Any, ceiling: dict[str, float], layers: int) -> list[dict]:
@@ -127,23 +107,21 @@ def bench_decode(keys: Any, ceiling: dict[str, float], layers: int) -> list[dict
         draw = [jnp.stack([jax.random.permutation(next(keys), EXPERTS)[:CHOICES] for _ in range(tokens)]) for _ in range(layers)]
         weights = jax.random.uniform(next(keys), (tokens, CHOICES), jnp.float32, 0.5, 1)
         x = jax.random.normal(next(keys), (tokens, WIDTH), jnp.bfloat16)
-        expected = reference(x, draw[0], weights, *stack[0])
+        off = error(kernel_mlp(x, draw[0], weights, stack[0]), reference(x, draw[0], weights, *stack[0]))
+        must_match("moe_decode", off, 4e-3)  # the result is rounded to bfloat16
+
+        @jax.jit
+        def program(x: Any, stack: Any, draw: Any, weights: Any) -> Any:
+            def round_(_: Any, x: Any) -> Any:
+                for layer, ids in zip(stack, draw, strict=True):
+                    x = kernel_mlp(x, ids, weights, layer)
+                return x
+
+            return lax.fori_loop(0, ROUNDS, round_, x)
+
         read = statistics.mean(len(np.unique(np.asarray(ids))) for ids in draw) * 3 * SIZE * WIDTH
-        for name, config in {"": None, **(candidates() if tokens == 1 else {})}.items():
-            off = error(kernel_mlp(x, draw[0], weights, stack[0], config), expected)
-            must_match("moe_decode", off, 4e-3)  # the result is rounded to bfloat16
-
-            @jax.jit
-            def program(x: Any, stack: Any, draw: Any, weights: Any, config: Any = config) -> Any:
-                def round_(_: Any, x: Any) -> Any:
-                    for layer, ids in zip(stack, draw, strict=True):
-                        x = kernel_mlp(x, ids, weights, layer, config)
-                    return x
-
-                return lax.fori_loop(0, ROUNDS, round_, x)
-
-            took = seconds(program, x, stack, draw, weights, steps=layers * ROUNDS)
-            rows.append(memory_row("moe decode", f"T={tokens} {name}", took, read, ceiling, off))
+        took = seconds(program, x, stack, draw, weights, steps=layers * ROUNDS)
+        rows.append(memory_row("moe decode", f"T={tokens}", took, read, ceiling, off))
     return rows
 
 
@@ -237,7 +215,7 @@ def main(argv: list[str] | None = None) -> None:
     for row in rows:
         rate = f"{row['tflop_s']:7.0f} TFLOP/s" if "tflop_s" in row else f"{row['gb_s']:7.0f} GB/s   "
         print(
-            f"{row['what']:18} {row['case']:32} {row['microseconds']:9.1f} us (floor {row['floor_microseconds']:8.1f}) {rate}"
+            f"{row['what']:18} {row['case']:22} {row['microseconds']:9.1f} us (floor {row['floor_microseconds']:8.1f}) {rate}"
             f" {row['fraction']:4.0%} of {row['ceiling']:.0f}, error {row['relative_error']:.0e}"
         )
     if options.json:

@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 from pallas_kernels.fp8 import Conversion
 from pallas_kernels.fp8_matvec.config import Config as Matvec
-
-Prefetch = Literal["none", "down", "all"]
-PREFETCHES = get_args(Prefetch)
 
 
 @dataclass(frozen=True)
 class Config:
     """gate_up: one program computes `rows` values of one (token, expert) pair's hidden vector, from gate and up.
     down: one program computes `rows` outputs of one token, summed over its experts, all loaded at once.
-    prefetch: what the programs of gate_up ask into the L2 cache as they start: nothing; the chosen experts' down weights, which the second
-    launch then finds there; or those and their own rows, so that memory is busy while they compute. Where it does not pay or cannot be done
-    (see `kernel.prefetched`) nothing.
     """
 
     gate_up: Matvec
     down: Matvec
-    prefetch: Prefetch = "none"
-
-    def __post_init__(self) -> None:
-        if self.prefetch not in PREFETCHES:
-            raise ValueError(f"prefetch={self.prefetch!r} must be one of {PREFETCHES}")
 
 
 def measured(conversion: Conversion = "cast") -> Config:

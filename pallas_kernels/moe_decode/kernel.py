@@ -3,13 +3,11 @@
 Launch 1: hidden[pair] = silu(gate[e] x) * (up[e] x), a program per (rows of F, token-expert pair).
 Launch 2: out[t] = sum over its pairs of weight * down[e] hidden, a program per (rows of D, token); the sum over experts stays in registers,
 so there are no atomics and the result does not depend on scheduling.
-Launch 1 may ask for the down weights ahead (Config.prefetch): memory then goes on reading them while one launch ends and the next begins.
 Floor at Qwen3-30B-A3B (D 2048, F 768, 8 experts): 25.2 + 12.6 MB of weights, 12.6 us at 3 TB/s.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -23,12 +21,10 @@ from pallas_kernels.fp8 import BLOCK, conversion_for
 from pallas_kernels.fp8_matvec.config import Config as Matvec
 from pallas_kernels.fp8_matvec.kernel import bad_weight, convert, pieces, row_dots
 from pallas_kernels.indexing import outer, span
-from pallas_kernels.moe_decode.config import Config, Prefetch, measured
+from pallas_kernels.moe_decode.config import Config, measured
 from pallas_kernels.normalise import Norm
-from pallas_kernels.prefetch import address_of, available, share, to_l2
 
 MAX_TOKENS = 4
-PREFETCH_BYTES = 16 * 2**20  # of down weights at most: a third of an H100's L2 (50 MB), through which gate and up stream too
 
 
 def unsupported(x: Any, ids: Any, values: tuple[Any, Any, Any], scales: tuple[Any, Any, Any]) -> str | None:
@@ -42,49 +38,23 @@ def unsupported(x: Any, ids: Any, values: tuple[Any, Any, Any], scales: tuple[An
     return next((reason for v, s in zip(values, scales, strict=True) if (reason := bad_weight(v, s))), None)
 
 
-def prefetched(asked: Prefetch, values: tuple[Any, Any, Any], pairs: int) -> Prefetch:
-    """`asked`, or "none" where the GPU has no such instruction, rows are not whole 16 bytes, the down weights of `pairs` experts would fill
-    too much of the L2 cache, or weights lie in host memory, which is not cached there.
-    """
-    rows = [v.shape[2] * v.dtype.itemsize for v in values]
-    fits = pairs * values[2].shape[1] * rows[2] <= PREFETCH_BYTES and all(row % 16 == 0 for row in rows)
-    host = any(jax.typeof(v).memory_space == jax.memory.Space.Host for v in values)
-    return asked if fits and not host and available() else "none"
-
-
-def _ask_ahead(refs: Sequence[Any], expert: Any, *, rows: int, size: int, width: int) -> Int[Array, ""]:
-    """Request this program's rows of gate and up, if `refs` begin with them, and its share of the expert's down weights."""
-    *own, down = refs
-    program, programs = pl.program_id(0), -(-size // rows)
-    start, count = share(program, programs, width)
-    zero = jnp.int32(0)
-    for ref in own:
-        zero += to_l2(ref, (expert * size + program * rows) * width, jnp.minimum(size - program * rows, rows) * width)
-    return zero + to_l2(down, (expert * width + start) * size, count * size)
-
-
 def _gate_up_kernel(
     ids_ref,  # i32[pairs] device
     x_ref,  # [T, D] device
     gate_ref,  # [E, F, D] device
     up_ref,  # [E, F, D] device
-    *refs,  # device: (FP8) gate and up scales [E, F_blocks, D_blocks], (with norm) its weight [D], `ahead` addresses: (gate, up,) down;
-    # and last hidden f32 [pairs, F]
+    *refs,  # device: (FP8) gate and up scales [E, F_blocks, D_blocks], (with norm) its weight [D], and last hidden f32 [pairs, F]
     config: Matvec,
     choices: int,
     size: int,
     width: int,
     fp8: bool,
     eps: float | None,
-    ahead: int,
 ):
-    *refs, hidden_ref = refs
     gate_scales_ref, up_scales_ref = refs[:2] if fp8 else (None, None)
-    ahead_refs, refs = refs[len(refs) - ahead :], refs[: len(refs) - ahead]
+    hidden_ref = refs[-1]
     row, pair = pl.program_id(0) * config.rows, pl.program_id(1)
     expert = ids_ref[pair]
-    if ahead_refs:
-        expert += _ask_ahead(ahead_refs, expert, rows=config.rows, size=size, width=width)
     [[gate], [up]] = row_dots(
         [(x_ref, pair // choices)],
         [(gate_ref, gate_scales_ref, (expert,)), (up_ref, up_scales_ref, (expert,))],
@@ -92,7 +62,7 @@ def _gate_up_kernel(
         inputs=width,
         outputs=size,
         config=config,
-        norm=None if eps is None else (refs[-1], eps),
+        norm=None if eps is None else (refs[-2], eps),
     )
     hidden = gate / (1 + jnp.exp(-gate)) * up
     rows = span(row, config.rows)
@@ -186,16 +156,14 @@ def expert_mlp(
     fp8 = scales[0] is not None
     gate_up = (pairs, x, values[0], values[1], *(scales[:2] if fp8 else ()), *(() if norm is None else (norm.weight,)))
     eps = None if norm is None else norm.eps
-    prefetch = "none" if interpret else prefetched(config.prefetch, values, tokens * choices)
-    ahead = {"none": (), "down": values[2:], "all": values}[prefetch]
     hidden = call(
-        partial(_gate_up_kernel, config=config.gate_up, choices=choices, size=size, width=width, fp8=fp8, eps=eps, ahead=len(ahead)),
+        partial(_gate_up_kernel, config=config.gate_up, choices=choices, size=size, width=width, fp8=fp8, eps=eps),
         grid=(-(-size // config.gate_up.rows), tokens * choices),
-        in_specs=[pl.no_block_spec] * len(gate_up) + [address_of(3)] * len(ahead),
+        in_specs=[pl.no_block_spec] * len(gate_up),
         out_shape=jax.ShapeDtypeStruct((tokens * choices, size), jnp.float32),
         compiler_params=plt.CompilerParams(num_warps=config.gate_up.warps, num_stages=1),
         name="moe_decode_gate_up",
-    )(*gate_up, *ahead)
+    )(*gate_up)
     down = (pairs, weights.reshape(-1).astype(jnp.float32), hidden, values[2])
     down += ((scales[2],) if fp8 else ()) + (() if residual is None else (residual,))
     return call(
