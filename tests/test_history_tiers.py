@@ -181,14 +181,16 @@ def test_300_tokens_on_a_gpu(policy):
 
     bfloat16 has 8 bits, and two layers of differently ordered sums give logits that differ by half a per cent or so. The same pages must
     be open: a page that only one of two runs opens moves single logits by far more. So none may be refused, for who comes first is then a
-    matter of rounding: random weights ask for most of 64,000 tokens by the default threshold.
+    matter of rounding: random weights ask for most of 64,000 tokens by the default threshold. The paper policy cuts at a rank, where random
+    weights are near a tie more often than not, which rounding to 8 bits decides: float32 for it.
     """
     if jax.default_backend() != "gpu":
         pytest.skip("needs a CUDA GPU")
     model = ModelConfig(
         model_type="llama", vocab_size=512, hidden_size=256, layers=2, heads=8, kv_heads=2, head_dim=64, mlp_size=256, native_context=2**17
     )  # fmt: skip
-    decoder, rng = Decoder(model, jnp.bfloat16), np.random.default_rng(3)
+    dtype = jnp.float32 if policy == "paper" else jnp.bfloat16
+    decoder, rng = Decoder(model, dtype), np.random.default_rng(3)
     tokens, prompts = rng.integers(0, 512, 300), [rng.integers(0, 512, length) for length in (50, 700, 5000, 64000)]
     logits = {}
     for name, how in {"xla": {"implementation": "xla"}, **TIERS}.items():
@@ -197,18 +199,19 @@ def test_300_tokens_on_a_gpu(policy):
         backend = HGAAttention(HGAConfig(policy=policy, threshold=0.03), model.rope, **how)
         forced = teacher(decoder, backend)
         for ids in prompts:
-            *_, last = programs.prefill_blocks(decoder, ids, programs.new_states(decoder, backend, 64320, jnp.bfloat16), backend)
-            assert last.stats.refused == 0
-            logits[name, len(ids)] = forced(tokens, len(ids), backend.before_decoding(last.states))
+            with jax.default_matmul_precision("highest" if policy == "paper" else None):
+                *_, last = programs.prefill_blocks(decoder, ids, programs.new_states(decoder, backend, 64320, dtype), backend)
+                assert last.stats.refused == 0
+                logits[name, len(ids)] = forced(tokens, len(ids), backend.before_decoding(last.states))
     for (name, prompt), found in logits.items():
         expected = logits["xla", prompt]
         error = np.linalg.norm(found - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
         same = np.mean(found.argmax(-1) == expected.argmax(-1))
         figures = f"relative error median {np.median(error):.1e} max {error.max():.1e}, same argmax {same:.3f}"
         print(f"{policy}, {prompt} tokens, {name}: {figures}")
-        assert np.median(error) <= 1e-2, (prompt, name, figures)
+        assert np.median(error) <= (1e-3 if policy == "paper" else 1e-2), (prompt, name, figures)
         assert error.max() <= 5e-2, (prompt, name, figures)
-        assert same >= 0.95, (prompt, name, figures)
+        assert same >= (0.99 if policy == "paper" else 0.95), (prompt, name, figures)
 
 
 def test_a_program_is_compiled_once_for_all_layers_and_dispatches(tmp_path, caplog):
