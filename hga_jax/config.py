@@ -17,8 +17,6 @@ SUMMARIES = ("mixed_rope", "mean")
 QUALITY = {"fast": 0.008 / 3, "balanced": 0.001, "best": 0.001 / 3}
 # Where votes keep pages open, thresholds this much higher open about as many (eval/README.md).
 VOTES_THRESHOLD = 1.7
-# Where sketches remember half of the rotary pairs, so much lower: scores are lower without the others.
-HALF_THRESHOLD = 0.8
 # Tokens of history room up to which prefill scans whole sketches; beyond, scanning a quarter of the rotary pairs saves more than half.
 PAIRS_FROM = 65536
 # Tokens below which cuDNN's dense attention is faster on an H100: 3.7 ms a layer at 16,384 (routing and routed attention 4.8), 13.9 at
@@ -50,7 +48,7 @@ class HGAConfig:
     queries at positions p with p % vote_stride == 0 have vote_share of the threshold there, whether or not one of them asked for it.
     "auto": a 28th of the pairs (4 of the 112 of 7 heads). 0: any request does, and "threshold" levels are lower.
     sketch_pairs: sketch policy, in how many rotary pairs sketches remember residuals: those in which the residuals of the sinks are
-    largest; the others count as zero. 0: all. "auto": half of them (all where there are no sinks), and "threshold" levels are lower.
+    largest; the others count as zero. 0: all.
     page_capacity: sketch policy, the most routed pages of a kv head open at a time; further requests are refused, in query order.
     Decode kernels keep several lists a kv head, with room for as many pages twice over, and refuse when one is full.
     screening: sketch policy, how prefill finds pages. "off": every query scans every token. "on": every screen_stride-th query looks at
@@ -78,7 +76,7 @@ class HGAConfig:
     votes: int | Literal["auto"] = "auto"
     vote_share: float = 0.1
     vote_stride: int = 4
-    sketch_pairs: int | Literal["auto"] = "auto"
+    sketch_pairs: int = 0
     page_capacity: int = 1024
     screening: Literal["on", "off"] = "off"
     screen_stride: int = 4
@@ -110,9 +108,9 @@ class HGAConfig:
             raise ValueError(f"vote_share={self.vote_share} must lie in (0, 1]")
         if self.counts_votes and self.screening == "on":
             raise ValueError(f"screening='on' finds no votes: choose off, or votes=0 in place of {self.votes}")
-        if self.sketch_pairs != "auto" and (isinstance(self.sketch_pairs, str) or self.sketch_pairs < 0):
-            raise ValueError(f'sketch_pairs={self.sketch_pairs!r}: choose "auto" or a number of pairs')
-        if self.policy == "sketch" and self.sketch_pairs not in ("auto", 0) and self.sink_chunks == 0:
+        if self.sketch_pairs < 0:
+            raise ValueError(f"sketch_pairs={self.sketch_pairs} must not be negative")
+        if self.policy == "sketch" and self.sketch_pairs and self.sink_chunks == 0:
             raise ValueError(f"sketch_pairs={self.sketch_pairs} are chosen by the keys of the sinks: sink_chunks must be at least 1")
         if self.page_capacity < 1:
             raise ValueError(f"page_capacity={self.page_capacity} must be at least 1")
@@ -169,8 +167,7 @@ class HGAConfig:
 
     def sketched_pairs(self, head_dim: int) -> int:
         """In how many rotary pairs sketches remember residuals."""
-        auto = max(head_dim // 4, 1) if self.sink_chunks else head_dim // 2
-        return auto if self.sketch_pairs == "auto" else self.sketch_pairs or head_dim // 2
+        return self.sketch_pairs or head_dim // 2
 
     def pairs_for(self, room: int, head_dim: int) -> int:
         """In how many rotary pairs prefill by page lists scans a history with room for so many tokens; 0: by sketches."""
@@ -182,13 +179,11 @@ class HGAConfig:
         """Tokens of a prompt's first call up to which attention is dense; fused: whether cuDNN's attention takes its arrays."""
         return (DENSE_BELOW if fused else 0) if self.dense_below == "auto" else self.dense_below
 
-    def threshold_for(self, queries_per_kv_head: int, by_sketches: bool = True) -> float:
+    def threshold_for(self, queries_per_kv_head: int) -> float:
         """The share of attention mass that opens a page when so many query heads share a kv head."""
         if not isinstance(self.threshold, str):
             return self.threshold
-        half = by_sketches and self.sketch_pairs == "auto" and self.sink_chunks
-        factor = (VOTES_THRESHOLD if self.counts_votes else 1) * (HALF_THRESHOLD if half else 1)
-        return QUALITY[self.threshold] * queries_per_kv_head * factor
+        return QUALITY[self.threshold] * queries_per_kv_head * (VOTES_THRESHOLD if self.counts_votes else 1)
 
     def pairs_threshold_for(self, pairs: int, head_dim: int) -> float:
         """The factor on the threshold where tokens are scanned in so many rotary pairs."""

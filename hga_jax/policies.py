@@ -184,18 +184,19 @@ def list_by_threshold(
     @custom_batching.sequential_vmap  # kernels take one sequence
     def run(query: Array, pages: Array, sketches: KeySketches, stamps: Array, start: Array, count: Array, energy: Array | None) -> tuple:
         settings = {"rule": rule, "capacity": config.page_capacity, "implementation": implementation}
+        threshold = config.threshold_for(ratio)
 
         def by_sketches() -> tuple:
             closed = (start + count) // config.chunk_size
             keys = page_keys(
                 sketches.means, sketches.codes, sketches.scales, rotation, config.group_size, closed, implementation=implementation
             )  # fmt: skip
-            return tuple(route(query, pages, keys, stamps, start, count, threshold=config.threshold_for(ratio), screen=screen, **settings))
+            return tuple(route(query, pages, keys, stamps, start, count, threshold=threshold, screen=screen, **settings))
 
         def by_pairs() -> tuple:
             pairs = config.pairs_for(pages.shape[1] * config.group_size, pages.shape[-1])
             dims = choose_dims(energy, pages, config.unrouted // config.group_size, pairs)
-            less = config.threshold_for(ratio, by_sketches=False) * config.pairs_threshold_for(pairs, pages.shape[-1])
+            less = threshold * config.pairs_threshold_for(pairs, pages.shape[-1])
             return tuple(route(query, pages, pair_keys(pages, dims), stamps, start, count, threshold=less, **settings))
 
         return by_sketches() if energy is None else lax.cond(jnp.any(energy > 0), by_pairs, by_sketches)

@@ -128,7 +128,7 @@ def measure(
 ) -> tuple[dict[str, Any], np.ndarray]:
     """Figures of one setting, and the first rows that ask for pages [K, B, P] (chunk_size for none, and outside the routed middle)."""
     tokens, heads, head_dim = query.shape
-    threshold = config.threshold_for(heads // len(pages), by_sketches=not options.scan_pairs)
+    threshold = config.threshold_for(heads // len(pages))
     keys, *few = operands
     width = keys.shape[3]
     if few:
