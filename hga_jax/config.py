@@ -19,9 +19,9 @@ QUALITY = {"fast": 0.008 / 3, "balanced": 0.001, "best": 0.001 / 3}
 VOTES_THRESHOLD = 1.7
 # Tokens of history room up to which prefill scans whole sketches; beyond, scanning a quarter of the rotary pairs saves more than half.
 PAIRS_FROM = 65536
-# Tokens below which cuDNN's dense attention is faster on an H100: 3.7 ms a layer at 16,384 (routing and routed attention 4.8), 13.9 at
-# 32,768 (13.2), 32 heads of 128.
-DENSE_BELOW = 24576
+# Tokens below which cuDNN's dense attention is faster on an H100: 3.7 ms a layer at 16,384 (routing and routed attention 6.5), 13.4 at
+# 32,768 (15.8), 32.8 at 49,152 (30.2), 32 heads of 128.
+DENSE_BELOW = 40960
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
 
 
