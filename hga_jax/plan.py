@@ -27,7 +27,7 @@ GIB = 2**30
 BANK_SHARE = 1 / 8  # of the history's pages: several times what is open at a time at 64K, so that hardly one is fetched twice
 # Bytes of a device beside what is planned for by name: decoding's temporaries and what the allocator adds, which leaves a free piece whole
 # rather than cut less than 128 MiB off it, and counts it as used. Qwen3-30B-A3B-FP8 on an H100 peaked 0.07 GiB above the named bytes at
-# 65,536 tokens, 0.251 GiB at 261,888, and with 4 of its layers 0.267 GiB at 262,080: two such pieces and 20 MB.
+# 65,536 tokens, 0.251 GiB at 261,888, and with 4 of its layers 0.267 GiB (273 MiB) at 262,080: two such pieces and a little.
 RESERVE = 288 * 2**20
 BANK_WORTH = 128  # pages of a kv head: about what a token sees, read from host memory for every token unless they are in a bank
 PCIE = 46e9  # bytes a second, measured on PCIe 5 x16
@@ -225,7 +225,7 @@ def has_own_memory(device: jax.Device) -> bool:
 def segments(size: int) -> list[int]:
     """Lengths of prefill's segments to try, the fastest first; shorter ones hold less at a time."""
     longest = segment_of(size)
-    return [longest >> halved for halved in range(3) if longest >> halved >= SEGMENT] or [longest]
+    return [longest >> halved for halved in range(4) if longest >> halved >= SEGMENT] or [longest]
 
 
 def activation_bytes(config: ModelConfig, ctx: int, width: int, tokens: int, hga: HGAConfig | None) -> int:
