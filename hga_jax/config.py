@@ -48,7 +48,7 @@ class HGAConfig:
     queries at positions p with p % vote_stride == 0 have vote_share of the threshold there, whether or not one of them asked for it.
     "auto": a 28th of the pairs (4 of the 112 of 7 heads). 0: any request does, and "threshold" levels are lower.
     sketch_pairs: sketch policy, in how many rotary pairs sketches remember residuals: those in which the residuals of the sinks are
-    largest; the others count as zero. 0: all.
+    largest; the others count as zero. 0: all. What that brings and costs: eval/README.md.
     page_capacity: sketch policy, the most routed pages of a kv head open at a time; further requests are refused, in query order.
     Decode kernels keep several lists a kv head, with room for as many pages twice over, and refuse when one is full.
     screening: sketch policy, how prefill finds pages. "off": every query scans every token. "on": every screen_stride-th query looks at
