@@ -73,7 +73,7 @@ def test_every_tier_writes_the_same_text(decoder, policy, rule):
         assert 0 < totals["bank"].bank_hits < totals["bank"].bank_requests
 
 
-RULES = {"requests": REQUESTS, "votes": VOTES, "told": VOTES | {"sketch_pairs": 3}}
+RULES = {"requests": REQUESTS, "votes of some pairs": VOTES | {"sketch_pairs": 3}}
 
 
 @pytest.mark.parametrize("tier", ["device", "host", "bank"])
