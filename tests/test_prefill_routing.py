@@ -215,6 +215,27 @@ def test_scan_by_rotary_pairs(run, first, heads, kv_heads, head_dim, pairs, vote
     np.testing.assert_allclose(lists.unopened, unopened, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("large", [1.0, 40.0])
+def test_pairs_in_sixteen_bits(run, large):
+    """Deviations' products are added up in float16: nearly the pages that float64 opens for the same bfloat16 numbers, large ones too."""
+    query, keys, _, pages = data = problem(288, 288, seed=6, dtype=jnp.bfloat16)
+    query, dims = query / large, np.array([[0, 3, 8, 11], [2, 5, 10, 13]])
+    pages, keys = pages.at[:, :, 0].multiply(large), keys * np.asarray(large, keys.dtype)
+    rules = {"rule": rule_of(), "threshold": 0.03, "capacity": 72, **settings(run)}
+    call = jax.jit(lambda q, p, d, *rest: route(q, p, pair_keys(p, d), *rest, **rules))
+    lists = call(jnp.asarray(query), pages, jnp.asarray(dims), jnp.asarray(never(data)), jnp.int32(0), jnp.int32(288))
+    assert pair_keys(pages, jnp.asarray(dims)).tokens.dtype == jnp.float16
+    expected, *_ = reference_route(
+        query, keys, by_pairs(keys, dims), never(data), 0, 288, chunk_size=CHUNK, group_size=GROUP, sink_chunks=1, local_chunks=1,
+        scale=0.25, threshold=0.03, capacity=72,
+    )  # fmt: skip
+    seen = {(k, t, page) for k, rows in enumerate(listed(lists, 2, 0, 288)) for t, some in rows.items() for page in some}
+    wanted = {(k, t, page) for k, rows in enumerate(expected) for t, some in rows.items() for page in some}
+    assert len(wanted) > 1000
+    assert len(seen ^ wanted) <= 0.02 * len(wanted), (len(seen - wanted), len(wanted - seen), len(wanted))
+
+
 def test_pairs_are_chosen_by_the_energies_of_the_first_queries_and_keys():
     """Calls that begin and end anywhere add up to the same energies; what lies behind the first positions counts for nothing."""
     rng = np.random.default_rng(5)

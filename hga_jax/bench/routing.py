@@ -112,7 +112,7 @@ def pairs_of(query: jax.Array, keys: jax.Array, pages: jax.Array, config: HGACon
     def make(query: jax.Array, pages: jax.Array) -> tuple[jax.Array, ...]:
         energy = query_energy(query, len(pages), jnp.int32(0), jnp.int32(len(query)), config.unrouted)
         found = pair_keys(pages, choose_dims(energy, pages, config.unrouted // GROUP, config.scan_pairs))
-        return found.tokens, pair_queries(query, found.dims), found.means
+        return found.tokens, pair_queries(query, found.dims, query.shape[2] ** -0.5), found.means
 
     return make(query, pages)
 

@@ -25,6 +25,7 @@ from pallas_kernels.sketch_prefill_routing.keys import PageKeys
 
 LOG2E = math.log2(math.e)
 LOWEST = -1e30  # in place of -inf where differences are taken
+JOINED = 8192  # coordinates of keys in one product of few coordinates: 256 columns of 32
 
 
 def unsupported(query: Any, pages: Any, chunk_size: int, group_size: int) -> str | None:
@@ -97,10 +98,10 @@ def _exp2(x: Array, interpret: bool) -> Array:
     return out
 
 
-def product(a: Array, b: Array) -> Array:
-    """a @ b.T in float32; float32 operands at full precision."""
+def product(a: Array, b: Array, dtype: Any = jnp.float32) -> Array:
+    """a @ b.T in `dtype`; float32 operands at full precision."""
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return lax.dot_general(a, b, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
+    return lax.dot_general(a, b, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=dtype)
 
 
 def page_scores(
@@ -115,22 +116,47 @@ def page_scores(
     means_ref: Any = None,
 ) -> Array:
     """Scores [rows, pages] in powers of two. means_ref: where tokens are deviations from it in few coordinates, each page's mean."""
-    parts = keys_ref.shape[1]
+    scale = rule.scale * LOG2E
 
     def products(query: Array, ref: Any, part: Any) -> Array:
         dim = padded(ref.shape[3])
         vectors = plgpu.load(ref.at[outer(k, part, page, dim)], mask=present[:, None] & (dim < ref.shape[3])[None, :], other=0)
         return product(query, vectors)
 
-    query = probes.query if probes.few is None else probes.few
-    best = products(query, keys_ref, 0)
-    if parts > 1:
-        best = lax.fori_loop(1, parts, lambda j, best: jnp.maximum(best, products(query, keys_ref, j)), best)
     if means_ref is not None:
-        best += products(probes.query, means_ref, 0)
+        return best_deviations(probes.few, keys_ref, k, page, present) * LOG2E + products(probes.query, means_ref, 0) * scale
+    best = products(probes.query, keys_ref, 0)
+    if keys_ref.shape[1] > 1:
+        best = lax.fori_loop(1, keys_ref.shape[1], lambda j, best: jnp.maximum(best, products(probes.query, keys_ref, j)), best)
     if spreads_ref is not None:
         best += norm[:, None] * plgpu.load(spreads_ref.at[k, page], mask=present, other=0)[None, :]
-    return best * (rule.scale * LOG2E)
+    return best * scale
+
+
+def best_deviations(few: Array, keys_ref: Any, k: Any, page: Any, present: Any) -> Array:
+    """The largest of each page's products, float32 [rows, pages].
+
+    With few coordinates the products are cheap and what waits for them is not: several vectors of a page go into one. Sums in float16 take
+    half the registers, and the maximum half the instructions.
+    """
+    parts, width = keys_ref.shape[1], keys_ref.shape[3]
+    pages, dim = page.shape[0], padded(width)
+    kind = jnp.float16 if few.dtype == jnp.float16 else jnp.float32
+    joined = math.gcd(parts, max(1, JOINED // (pages * dim.shape[0]))) if kind == jnp.float16 else 1
+
+    def each(x: Array) -> Array:
+        return jnp.broadcast_to(x, (joined, pages)).reshape(joined * pages)
+
+    slot, held, part = each(page[None, :]), each(present[None, :].astype(jnp.int32)) > 0, each(span(0, joined)[:, None])
+
+    def look(j: Any, best: Array) -> Array:
+        at = jnp.broadcast_to(k, (1, 1)), (j * joined + part)[:, None], slot[:, None], dim[None, :]
+        vectors = plgpu.load(keys_ref.at[at], mask=held[:, None] & (dim < width)[None, :], other=0)
+        some = product(few, vectors, kind)
+        return jnp.maximum(best, jnp.max(some.reshape(-1, joined, pages), axis=1) if joined > 1 else some)
+
+    lowest = jnp.full((few.shape[0], pages), -jnp.inf, kind)
+    return lax.fori_loop(0, parts // joined, look, lowest).astype(jnp.float32)
 
 
 def _norm(probes: Probes, spreads_ref: Any, rule: Rule) -> Any:

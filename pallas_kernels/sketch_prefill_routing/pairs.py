@@ -6,16 +6,18 @@ fifths (Qwen2.5-Coder-0.5B, SmolLM2-135M). Which pairs is a property of the laye
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+LARGEST = float(jnp.finfo(jnp.float16).max)
+
 
 class PairKeys(NamedTuple):
-    """tokens: deviations of a page's keys from their mean in some coordinates, token j of every page side by side. means: in all of them.
-    dims: those coordinates.
+    """tokens: deviations of a page's keys from their mean in some coordinates, token j of every page side by side; in float16 where keys
+    have 16 bits. means: in all coordinates, in the keys' format. dims: the coordinates that deviations have.
     """
 
     tokens: Float[Array, "K g P d"]
@@ -54,10 +56,19 @@ def pair_keys(pages: Float[Array, "K P 2 g H"], dims: Int[Array, "K d"]) -> Pair
     means = keys.astype(jnp.float32).mean(2, keepdims=True).astype(keys.dtype)
     at = dims[:, None, None]
     few, few_means = (jnp.take_along_axis(x, at, axis=-1).astype(jnp.float32) for x in (keys, means))
-    return PairKeys((few - few_means).astype(keys.dtype).swapaxes(1, 2), means.swapaxes(1, 2), dims)
+    return PairKeys(_narrow(few - few_means, keys.dtype).swapaxes(1, 2), means.swapaxes(1, 2), dims)
 
 
-def pair_queries(query: Float[Array, "T N H"], dims: Int[Array, "K d"]) -> Float[Array, "T N d"]:
+def pair_queries(query: Float[Array, "T N H"], dims: Int[Array, "K d"], scale: float) -> Float[Array, "T N d"]:
+    """The queries' coordinates that deviations have, times `scale`, in the deviations' format: so products are scores, which fit float16."""
     length, heads, width = query.shape
     by_head = query.reshape(length, dims.shape[0], -1, width)
-    return jnp.take_along_axis(by_head, dims[None, :, None], axis=-1).reshape(length, heads, -1)
+    few = jnp.take_along_axis(by_head, dims[None, :, None], axis=-1).astype(jnp.float32) * scale
+    return _narrow(few, query.dtype).reshape(length, heads, -1)
+
+
+def _narrow(x: Array, dtype: Any) -> Array:
+    """As float16 in place of 16-bit formats: tensor cores add its products up in float16, which halves the work on their sums and more."""
+    if dtype == jnp.float32:
+        return x
+    return jnp.clip(x, -LARGEST, LARGEST).astype(jnp.float16)
