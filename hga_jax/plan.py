@@ -30,6 +30,7 @@ BANK_SHARE = 1 / 8  # of the history's pages: several times what is open at a ti
 # rather than cut less than 128 MiB off it, and counts it as used. Qwen3-30B-A3B-FP8 on an H100 peaked 0.07 GiB above the named bytes at
 # 65,536 tokens, 0.251 GiB at 261,888, and with 4 of its layers 0.267 GiB (273 MiB) at 262,080: two such pieces and a little.
 RESERVE = 288 * 2**20
+PIECE = 128 * 2**20  # a last piece of memory smaller than this is given out whole, so that a plan which leaves less leaves nothing
 BANK_WORTH = 128  # pages of a kv head: about what a token sees, read from host memory for every token unless they are in a bank
 PCIE = 46e9  # bytes a second, measured on PCIe 5 x16
 MAIN_MEMORY = "available main memory"
@@ -209,6 +210,8 @@ def make_plan(
         plan = replace(plan, segment=segment, activations=activations)
         if limit is None or plan.prefill_total + plan.reserve <= limit:
             break
+    if plan.reserve and limit is not None and 0 < limit - plan.total < PIECE:
+        plan = replace(plan, reserve=plan.reserve + limit - plan.total)
     return plan
 
 
@@ -329,7 +332,7 @@ def _layers_of_summaries(backend: HGAAttention, make: Callable[[HGAAttention], P
     plan, each = make(backend), make(replace(backend, host_summaries=1)).host_summaries
     if not plan.host or plan.limit is None:
         return 0
-    return max(-((plan.limit - plan.decode_total - plan.reserve) // each), 0)
+    return max(-((plan.limit - plan.decode_total - RESERVE) // each), 0)
 
 
 def _bank_pages(config: ModelConfig, backend: HGAAttention, plan: Plan, dtype: Any) -> int:
@@ -339,7 +342,7 @@ def _bank_pages(config: ModelConfig, backend: HGAAttention, plan: Plan, dtype: A
     group = backend.config.group_size
     heads, number = config.layers * config.kv_heads, jnp.dtype(jnp.int32).itemsize  # tables: of the slots, and of the pages of the history
     page_bytes = heads * (2 * group * config.head_dim * jnp.dtype(dtype).itemsize + number)
-    spare = plan.limit - plan.reserve - plan.decode_total - heads * number * (-(-plan.ctx // group) + backend.config.groups_per_chunk)
+    spare = plan.limit - RESERVE - plan.decode_total - heads * number * (-(-plan.ctx // group) + backend.config.groups_per_chunk)
     return max(min(int(spare // page_bytes), int(plan.ctx // group * BANK_SHARE)), 0)
 
 

@@ -67,6 +67,14 @@ def test_a_bank_takes_what_prefill_gives_up():
     assert half.total - half.reserve < half.lasting + half.summaries + half.bank + half.working + half.activations
 
 
+def test_a_last_small_piece_belongs_to_the_reserve():
+    """What a bank leaves is less than a page of all layers, and the allocator gives such a piece out whole."""
+    full = placed("host", placed("host", 80, tokens=65536, layers=64)[1].decode_total / GIB, tokens=65536, layers=64)[1]
+    assert full.bank > 0
+    assert RESERVE < full.reserve < RESERVE + 2**20
+    assert full.total == full.limit
+
+
 def test_dense_attention_stays_on_the_device():
     assert placed("auto", 1, DenseAttention())[1].tier == "device"
     with pytest.raises(ValueError, match="--kv-store host needs attention hga"):

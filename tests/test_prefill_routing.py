@@ -220,7 +220,7 @@ def test_scan_by_rotary_pairs(run, first, heads, kv_heads, head_dim, pairs, vote
 def test_pairs_in_sixteen_bits(run, large):
     """Deviations' products are added up in float16: nearly the pages that float64 opens for the same bfloat16 numbers, large ones too."""
     query, keys, _, pages = data = problem(288, 288, seed=6, dtype=jnp.bfloat16)
-    query, dims = query / large, np.array([[0, 3, 8, 11], [2, 5, 10, 13]])
+    query, dims = (query / large).astype(query.dtype), np.array([[0, 3, 8, 11], [2, 5, 10, 13]])
     pages, keys = pages.at[:, :, 0].multiply(large), keys * np.asarray(large, keys.dtype)
     rules = {"rule": rule_of(), "threshold": 0.03, "capacity": 72, **settings(run)}
     call = jax.jit(lambda q, p, d, *rest: route(q, p, pair_keys(p, d), *rest, **rules))
