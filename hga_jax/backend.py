@@ -18,9 +18,11 @@ from jaxtyping import Array, Float, Int
 from hga_jax.cache import DeviceHistory
 from hga_jax.pytree import register
 from pallas_kernels.dispatch import on_cuda
+from pallas_kernels.routed_prefill_attention import routed_prefill_attention
 
 # Queries and keys that dense attention takes at a time where launches are dear: an eighth of the turns of DenseAttention's own sizes.
 QUERIES_AT_ONCE_CUDA, KEYS_AT_ONCE_CUDA = 512, 2048
+DENSE_CHUNK = 64  # queries of a program of `attend_behind`
 
 
 @register
@@ -143,6 +145,19 @@ def attend_whole(
     return jnp.where((jnp.arange(query.shape[0]) < count)[:, None, None], out, 0)
 
 
+def attend_behind(
+    query: Float[Array, "T N H"], pages: Float[Array, "K P 2 g H"], start: Int[Array, ""], count: Int[Array, ""], interpret: bool = False
+) -> Float[Array, "T N H"]:
+    """Exact causal attention of queries at positions start, start + 1, ... over a history: the kernel of routed attention, all pages listed."""
+    kv_heads, held, _, group, width = pages.shape
+    own = start // DENSE_CHUNK + jnp.arange(-(-(query.shape[0] - 1) // DENSE_CHUNK) + 1)
+    lists = (kv_heads, len(own), 1)
+    counts = jnp.broadcast_to(jnp.minimum(own * (DENSE_CHUNK // group), held)[:, None], lists)
+    ids = jnp.broadcast_to(jnp.arange(held), (*lists, held))
+    settings = {"chunk_size": DENSE_CHUNK, "sink_chunks": 0, "local_chunks": 0, "scale": width**-0.5, "interpret": interpret}
+    return routed_prefill_attention(query, pages, start, count, ids, jnp.zeros_like(ids), counts, implementation="pallas", **settings)[0]
+
+
 def dense_stats(queries: Int[Array, ""], blocks: Int[Array, ""], held: Int[Array, ""]) -> Stats:
     """What attention to everything did, `held` tokens being there in the end."""
     queries, blocks, zero = queries.astype(jnp.float32), blocks.astype(jnp.float32), jnp.float32(0)
@@ -153,7 +168,8 @@ def dense_stats(queries: Int[Array, ""], blocks: Int[Array, ""], held: Int[Array
 class DenseAttention(AttentionBackend):
     """Exact causal attention over the whole history, in blocks with an online softmax: no [T, S] array is ever made.
 
-    On an NVIDIA GPU a prompt's first call goes to cuDNN's fused attention when its dtype has 16 bits, and one token attends in one step.
+    On an NVIDIA GPU, where the dtype has 16 bits, a prompt's first call goes to cuDNN's fused attention and later ones to the kernel of
+    routed attention. One token attends in one step.
     """
 
     query_block: int = 256
@@ -191,7 +207,8 @@ class DenseAttention(AttentionBackend):
             return lax.map(one_block, (jnp.arange(blocks), padded)).reshape(blocks * block, heads, width)[:length]
 
         if fits_cudnn(query):
-            out = lax.cond(start == 0, lambda _: attend_whole(query, key, value, count), in_blocks, None)
+            whole, behind = (lambda: attend_whole(query, key, value, count)), (lambda: attend_behind(query, state.pages, start, count))
+            out = lax.cond(start == 0, whole, behind)
         else:
             out = in_blocks(None)
         return out, state, dense_stats(count, jnp.maximum(-(-count // 64), 1), state.length)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from hga_jax.attention import HGAAttention
-from hga_jax.backend import KEYS_AT_ONCE_CUDA, QUERIES_AT_ONCE_CUDA, AttentionBackend
+from hga_jax.backend import DENSE_CHUNK, KEYS_AT_ONCE_CUDA, QUERIES_AT_ONCE_CUDA, AttentionBackend, DenseAttention
 from hga_jax.cache.host import PINNED_LIMIT, allow_pinning, pinned_limit
 from hga_jax.cache.tiers import choose_tier
 from hga_jax.config import HGAConfig, ModelConfig
@@ -236,8 +236,8 @@ def activation_bytes(config: ModelConfig, ctx: int, width: int, tokens: int, hga
     """Bytes of prefill's temporaries with segments of `tokens` tokens, `width` bytes a value: the super-block's activations and the largest
     of a segment's three parts.
 
-    Projections: input, normalised input, float32 products of q, k, v, the same turned, outputs. Dense attention (`hga` None): the scores of
-    a block of queries and keys. Else q, k, v, outputs, and what routing makes for a layer: the history's keys as their sketches remember
+    Projections: input, normalised input, float32 products of q, k, v, the same turned, outputs. Dense attention (`hga` None): q, k, v,
+    outputs, and the scores of a block of queries and keys or page lists. Else q, k, v, outputs, and what routing makes for a layer: the history's keys as their sketches remember
     them, page means, page lists, and a byte a block and page in up to six tables. Expert MLP: a row of F and one of D for each token and
     chosen expert (see pallas_kernels.moe_prefill), input, normalised input, output.
     The compiler's own figures for Qwen3-30B-A3B-FP8, segments of 16,384 tokens, are below these: 0.75 GiB where this says 0.88 (262,144
@@ -249,7 +249,11 @@ def activation_bytes(config: ModelConfig, ctx: int, width: int, tokens: int, hga
     mlp = tokens * (3 * hidden * width + 3 * config.mlp_size * width)
     if config.experts:
         mlp = tokens * (3 * hidden * width + config.experts_per_token * (config.expert_size + hidden) * 2)
-    attention = 2 * 4 * config.heads * QUERIES_AT_ONCE_CUDA * KEYS_AT_ONCE_CUDA if on_cuda() else 0  # scores and their exponentials
+    attention = 0
+    if hga is None and on_cuda():
+        scores = 2 * 4 * config.heads * QUERIES_AT_ONCE_CUDA * KEYS_AT_ONCE_CUDA  # and their exponentials
+        lists = 2 * 4 * config.kv_heads * (tokens // DENSE_CHUNK + 1) * (ctx // DenseAttention.page_size)
+        attention = tokens * (hidden + heads + out) * width + max(scores, lists)
     if hga is not None:
         blocks, pages = tokens // hga.chunk_size + 1, ctx // hga.group_size
         routing = config.kv_heads * ((ctx + pages) * config.head_dim * width + blocks * (3 * hga.page_capacity * 8 + 6 * pages))
