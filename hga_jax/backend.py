@@ -148,7 +148,8 @@ def attend_whole(
 def attend_behind(
     query: Float[Array, "T N H"], pages: Float[Array, "K P 2 g H"], start: Int[Array, ""], count: Int[Array, ""], interpret: bool = False
 ) -> Float[Array, "T N H"]:
-    """Exact causal attention of queries at positions start, start + 1, ... over a history: the kernel of routed attention, all pages listed."""
+    """Exact causal attention of queries at positions start, start + 1, ... over a history, by the kernel of routed attention: pages are
+    listed, all of them."""
     kv_heads, held, _, group, width = pages.shape
     own = start // DENSE_CHUNK + jnp.arange(-(-(query.shape[0] - 1) // DENSE_CHUNK) + 1)
     lists = (kv_heads, len(own), 1)

@@ -237,9 +237,9 @@ def activation_bytes(config: ModelConfig, ctx: int, width: int, tokens: int, hga
     of a segment's three parts.
 
     Projections: input, normalised input, float32 products of q, k, v, the same turned, outputs. Dense attention (`hga` None): q, k, v,
-    outputs, and the scores of a block of queries and keys or page lists. Else q, k, v, outputs, and what routing makes for a layer: the history's keys as their sketches remember
-    them, page means, page lists, and a byte a block and page in up to six tables. Expert MLP: a row of F and one of D for each token and
-    chosen expert (see pallas_kernels.moe_prefill), input, normalised input, output.
+    outputs, and the scores of a block of queries and keys or page lists. Else q, k, v, outputs, and what routing makes for a layer: the
+    history's keys as their sketches remember them, page means, page lists, and a byte a block and page in up to six tables. Expert MLP: a
+    row of F and one of D for each token and chosen expert (see pallas_kernels.moe_prefill), input, normalised input, output.
     The compiler's own figures for Qwen3-30B-A3B-FP8, segments of 16,384 tokens, are below these: 0.75 GiB where this says 0.88 (262,144
     tokens), 0.86 and 1.09 (524,288), 1.52 and 1.81 (1,048,576), the super-block's activations apart.
     """

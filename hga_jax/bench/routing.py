@@ -25,6 +25,7 @@ from hga_jax.policies import policy_for
 from hga_jax.sketches import built_in_rotation
 from pallas_kernels.sketch_prefill_routing import Config, Rule, Tile
 from pallas_kernels.sketch_prefill_routing.api import some_rows
+from pallas_kernels.sketch_prefill_routing.kernel import LOG2E
 from pallas_kernels.sketch_prefill_routing.keys import page_keys
 from pallas_kernels.sketch_prefill_routing.pairs import choose_dims, pair_keys, pair_queries, query_energy
 from pallas_kernels.sketch_prefill_routing.scan import mark, settle, votes
@@ -112,7 +113,7 @@ def pairs_of(query: jax.Array, keys: jax.Array, pages: jax.Array, config: HGACon
     def make(query: jax.Array, pages: jax.Array) -> tuple[jax.Array, ...]:
         energy = query_energy(query, len(pages), jnp.int32(0), jnp.int32(len(query)), config.unrouted)
         found = pair_keys(pages, choose_dims(energy, pages, config.unrouted // GROUP, config.scan_pairs))
-        return found.tokens, pair_queries(query, found.dims, query.shape[2] ** -0.5), found.means
+        return found.tokens, pair_queries(query, found.dims, query.shape[2] ** -0.5 * LOG2E), found.means
 
     return make(query, pages)
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
@@ -88,7 +89,7 @@ def padded(head_dim: int) -> Array:
     return span(0, max(16, pl.next_power_of_2(head_dim)))
 
 
-def _exp2(x: Array, interpret: bool) -> Array:
+def exp2(x: Array, interpret: bool) -> Array:
     """In PTX because the compiler's exp2 takes four more instructions an element to keep denormals, which nothing here needs."""
     if interpret:
         return jnp.exp2(x)
@@ -114,6 +115,7 @@ def page_scores(
     present: Any,
     rule: Rule,
     means_ref: Any = None,
+    interpret: bool = False,
 ) -> Array:
     """Scores [rows, pages] in powers of two. means_ref: where tokens are deviations from it in few coordinates, each page's mean."""
     scale = rule.scale * LOG2E
@@ -124,7 +126,8 @@ def page_scores(
         return product(query, vectors)
 
     if means_ref is not None:
-        return best_deviations(probes.few, keys_ref, k, page, present) * LOG2E + products(probes.query, means_ref, 0) * scale
+        deviations = best_deviations(probes.few, keys_ref, k, page, present)
+        return _multiply_add(products(probes.query, means_ref, 0), scale, deviations, interpret)
     best = products(probes.query, keys_ref, 0)
     if keys_ref.shape[1] > 1:
         best = lax.fori_loop(1, keys_ref.shape[1], lambda j, best: jnp.maximum(best, products(probes.query, keys_ref, j)), best)
@@ -133,14 +136,28 @@ def page_scores(
     return best * scale
 
 
+def _multiply_add(a: Array, factor: float, b: Array, interpret: bool) -> Array:
+    """a * factor + b, which the compiler makes two instructions of."""
+    if interpret:
+        return a * factor + b
+    bits = np.float32(factor).view(np.uint32)
+    [out] = plgpu.elementwise_inline_asm(
+        f"fma.rn.f32 $0, $1, 0f{bits:08X}, $2;",
+        args=[a, b],
+        constraints="=f,f,f",
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(a.shape, jnp.float32)],
+    )
+    return out
+
+
 def best_deviations(few: Array, keys_ref: Any, k: Any, page: Any, present: Any) -> Array:
     """The largest of each page's products, float32 [rows, pages].
 
     With few coordinates the products are cheap and what waits for them is not: several vectors of a page go into one. Sums in float16 take
     half the registers, and the maximum half the instructions.
     """
-    parts, width = keys_ref.shape[1], keys_ref.shape[3]
-    pages, dim = page.shape[0], padded(width)
+    parts, pages, dim = keys_ref.shape[1], page.shape[0], padded(keys_ref.shape[3])
     kind = jnp.float16 if few.dtype == jnp.float16 else jnp.float32
     joined = math.gcd(parts, max(1, JOINED // (pages * dim.shape[0]))) if kind == jnp.float16 else 1
 
@@ -151,7 +168,7 @@ def best_deviations(few: Array, keys_ref: Any, k: Any, page: Any, present: Any) 
 
     def look(j: Any, best: Array) -> Array:
         at = jnp.broadcast_to(k, (1, 1)), (j * joined + part)[:, None], slot[:, None], dim[None, :]
-        vectors = plgpu.load(keys_ref.at[at], mask=held[:, None] & (dim < width)[None, :], other=0)
+        vectors = plgpu.load(keys_ref.at[at], mask=held[:, None] & (dim < keys_ref.shape[3])[None, :], other=0)
         some = product(few, vectors, kind)
         return jnp.maximum(best, jnp.max(some.reshape(-1, joined, pages), axis=1) if joined > 1 else some)
 
@@ -176,7 +193,7 @@ def add_scores(carry: tuple[Array, Array], scores: Array, interpret: bool) -> tu
     """(peak, sum of powers of two relative to it) of each row, with more scores."""
     peak, total = carry
     higher = jnp.maximum(peak, jnp.max(scores, axis=1))
-    return higher, total * jnp.exp2(peak - higher) + jnp.sum(_exp2(scores - higher[:, None], interpret), axis=1)
+    return higher, total * jnp.exp2(peak - higher) + jnp.sum(exp2(scores - higher[:, None], interpret), axis=1)
 
 
 def window_mass(probes: Probes, pages_ref: Any, k: Any, size: int, rule: Rule, interpret: bool) -> tuple[Array, Array]:
@@ -343,9 +360,9 @@ def _listed_mass_kernel(
             there = slot < count
             page = plgpu.load(ids_ref.at[outer(k, block, slot)], mask=there, other=0)
             since = plgpu.load(since_ref.at[outer(k, block, slot)], mask=there, other=rule.chunk_size)
-            scores = page_scores(probes, keys_ref, spreads_ref, norm, k, page, there, rule, means_ref)
+            scores = page_scores(probes, keys_ref, spreads_ref, norm, k, page, there, rule, means_ref, interpret)
             seen = since[None, :] <= probes.offset[:, None]
-            return total + jnp.sum(jnp.where(seen, _exp2(scores - unit[:, None], interpret), 0), axis=1)
+            return total + jnp.sum(jnp.where(seen, exp2(scores - unit[:, None], interpret), 0), axis=1)
 
         total = lax.fori_loop(0, (count + tile_pages - 1) // tile_pages, weigh, jnp.zeros((size,), jnp.float32))
         plgpu.store(out_ref.at[outer(k, block, probes.row)], total, mask=probes.inside)

@@ -60,7 +60,7 @@ def pair_keys(pages: Float[Array, "K P 2 g H"], dims: Int[Array, "K d"]) -> Pair
 
 
 def pair_queries(query: Float[Array, "T N H"], dims: Int[Array, "K d"], scale: float) -> Float[Array, "T N d"]:
-    """The queries' coordinates that deviations have, times `scale`, in the deviations' format: products are scores, which fit float16."""
+    """The queries' coordinates that deviations have, times `scale`, in the deviations' format: products that are scores fit float16."""
     length, heads, width = query.shape
     by_head = query.reshape(length, dims.shape[0], -1, width)
     few = jnp.take_along_axis(by_head, dims[None, :, None], axis=-1).astype(jnp.float32) * scale

@@ -25,7 +25,7 @@ from pallas_kernels.sketch_prefill_routing.config import Config, Rule
 from pallas_kernels.sketch_prefill_routing.kernel import (
     LOG2E,
     Probes,
-    add_scores,
+    exp2,
     first_rows,
     launch,
     load_probes,
@@ -37,6 +37,8 @@ from pallas_kernels.sketch_prefill_routing.kernel import (
     row_tiles,
     window_mass,
 )  # fmt: skip
+
+LARGEST = 3e38  # a sum that float32 still holds
 
 
 def _program(bounds_ref: Any, query_ref: Any, ratio: int, size: int, rule: Rule, few_ref: Any = None) -> tuple[Any, Any, Any, Probes]:
@@ -100,20 +102,23 @@ def _pages_kernel(
     def _():
         first, end = routed_middle(probes.own_chunk, rule)
 
-        def look(i: Any, mass: tuple) -> tuple:
+        def look(i: Any, total: Array) -> Array:
             page = end - (i + 1) * tile_pages + span(0, tile_pages)
             there = page >= first
-            scores = page_scores(probes, keys_ref, None, None, k, page, there, rule, means_ref)
-            mass = add_scores(mass, jnp.where(there[None, :], scores, -jnp.inf), interpret)
-            bound = jnp.where(probes.live, log2_mass(mass) + math.log2(threshold), jnp.inf)
+            scores = page_scores(probes, keys_ref, None, None, k, page, there, rule, means_ref, interpret)
+            scores = jnp.where(there[None, :], scores, -jnp.inf)
+            total = jnp.minimum(total + jnp.sum(exp2(scores - window[:, None], interpret), axis=1), LARGEST)
+            bound = jnp.where(probes.live, window + jnp.log2(total) + math.log2(threshold), jnp.inf)
             near = jnp.where(asked_for(scores >= bound[:, None]), 0, rule.chunk_size)
             plgpu.store(marks_ref.at[outer(k, block, tile, page)], near.astype(marks_ref.dtype), mask=there)
-            return mass
+            return total
 
-        window = plgpu.load(window_ref.at[outer(k, block, probes.row)], mask=probes.inside, other=0)
-        mass = window * LOG2E, jnp.full((size,), 1, jnp.float32)
-        mass = lax.fori_loop(0, (end - first + tile_pages - 1) // tile_pages, look, mass)
-        plgpu.store(mass_ref.at[outer(k, block, probes.row)], log2_mass(mass) / LOG2E, mask=probes.inside)
+        # Sums are in units of the windows' mass, not of the largest score met so far: float32 reaches from 2^126 below to 2^128 above it.
+        window = plgpu.load(window_ref.at[outer(k, block, probes.row)], mask=probes.inside, other=0) * LOG2E
+        total = jnp.ones((size,), jnp.float32)
+        total = lax.fori_loop(0, (end - first + tile_pages - 1) // tile_pages, look, total)
+        mass = window + jnp.log2(total)
+        plgpu.store(mass_ref.at[outer(k, block, probes.row)], mass / LOG2E, mask=probes.inside)
 
 
 def _requests_kernel(
@@ -163,7 +168,7 @@ def _requests_kernel(
             there = slot < wanted
             listed = plgpu.load(candidates_ref.at[outer(k, block, tile, slot)], mask=there & (slot < room), other=0)
             page = jnp.where(everything, first + slot, listed)
-            scores = page_scores(probes, keys_ref, None, None, k, page, there, rule, means_ref)
+            scores = page_scores(probes, keys_ref, None, None, k, page, there, rule, means_ref, interpret)
             rows = first_rows(scores, bound, None, probes, none)
             page = jnp.where(there, page, first_ref.shape[3])
             plgpu.store(first_ref.at[outer(k, block, tile, page)], rows.astype(first_ref.dtype), mask=there)
@@ -196,7 +201,7 @@ def _votes_kernel(
 
         def count(i: Any, _: None) -> None:
             page = span(first + i * tile_pages, tile_pages)
-            scores = page_scores(probes, keys_ref, None, None, k, page, page < end, rule, means_ref)
+            scores = page_scores(probes, keys_ref, None, None, k, page, page < end, rule, means_ref, interpret)
             cast = jnp.sum((scores >= bound[:, None]).astype(jnp.int32), axis=0)
             plgpu.store(votes_ref.at[outer(k, block, tile, page)], cast.astype(votes_ref.dtype), mask=page < end)
 
