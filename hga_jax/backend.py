@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import custom_batching, lax
 from jaxtyping import Array, Float, Int
 
 from hga_jax.cache import DeviceHistory
@@ -148,15 +148,21 @@ def attend_whole(
 def attend_behind(
     query: Float[Array, "T N H"], pages: Float[Array, "K P 2 g H"], start: Int[Array, ""], count: Int[Array, ""], interpret: bool = False
 ) -> Float[Array, "T N H"]:
-    """Exact causal attention of queries at positions start, start + 1, ... over a history, by the kernel of routed attention: pages are
-    listed, all of them."""
+    """Exact causal attention of queries at positions start, start + 1, ... over a history, by the kernel of routed attention: lists that
+    name every page.
+    """
     kv_heads, held, _, group, width = pages.shape
     own = start // DENSE_CHUNK + jnp.arange(-(-(query.shape[0] - 1) // DENSE_CHUNK) + 1)
     lists = (kv_heads, len(own), 1)
     counts = jnp.broadcast_to(jnp.minimum(own * (DENSE_CHUNK // group), held)[:, None], lists)
     ids = jnp.broadcast_to(jnp.arange(held), (*lists, held))
     settings = {"chunk_size": DENSE_CHUNK, "sink_chunks": 0, "local_chunks": 0, "scale": width**-0.5, "interpret": interpret}
-    return routed_prefill_attention(query, pages, start, count, ids, jnp.zeros_like(ids), counts, implementation="pallas", **settings)[0]
+
+    @custom_batching.sequential_vmap  # the kernel takes one sequence
+    def attend(*arrays: Array) -> Array:
+        return routed_prefill_attention(*arrays, implementation="pallas", **settings)[0]
+
+    return attend(query, pages, start, count, ids, jnp.zeros_like(ids), counts)
 
 
 def dense_stats(queries: Int[Array, ""], blocks: Int[Array, ""], held: Int[Array, ""]) -> Stats:

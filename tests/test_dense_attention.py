@@ -20,7 +20,8 @@ def test_attention_behind_a_history(start, rows, count, dtype, interpret):
     q, k, v = (jnp.asarray(rng.standard_normal((start + rows, n, width)), dtype) for n in (heads, kv_heads, kv_heads))
     backend = DenseAttention(key_block=64)
     state = backend.init_state(256, kv_heads, width, jnp.dtype(dtype)).append(k, v, jnp.int32(start + count))
-    out = jax.jit(partial(attend_behind, interpret=interpret))(q[start:], state.pages, jnp.int32(start), jnp.int32(count))
+    batched = jax.jit(jax.vmap(partial(attend_behind, interpret=interpret)))
+    [out] = batched(q[None, start:], state.pages[None], jnp.int32([start]), jnp.int32([count]))
 
     wide_q, wide_k, wide_v = (np.asarray(x, np.float64) for x in (q[start : start + count], k, v))
     scores = np.einsum("tnh,snh->nts", wide_q, wide_k.repeat(heads // kv_heads, axis=1)) / np.sqrt(width)
