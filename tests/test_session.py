@@ -181,6 +181,20 @@ def test_scan_by_pairs_goes_on_by_sketches(model, tmp_path):
         model.session(tmp_path / "a", ctx=CTX, hga=HGA)
 
 
+def test_sessions_go_by_sketches_where_those_are_stored(model, tmp_path, monkeypatch):
+    """With room for which prefill elsewhere chooses rotary pairs: a reopened session has all that an open one goes by."""
+    monkeypatch.setattr("hga_jax.config.PAIRS_FROM", CTX - 1)
+    assert model.backend("hga", HGA).config.pairs_for(CTX, 32) > 0
+    with model.session(tmp_path / "a", ctx=CTX, hga=HGA) as session:
+        turn(session, 1, 121)
+        assert (session._placed.config.scan_pairs, session.backend.config) == (0, HGA)
+        assert all(state.energy is None for state in session._states)
+        monkeypatch.setattr("hga_jax.session.conversation.SKETCHES_UP_TO", CTX - 1)
+    with model.session(tmp_path / "a", ctx=CTX, hga=HGA) as session:  # the same session
+        turn(session, 2)
+        assert all(state.energy is not None for state in session._states)
+
+
 def test_settings_younger_than_a_session_are_as_it_was_begun(model, tmp_path):
     """Stored before votes and pairs were settings, with screening by length: goes on without them, unless they are asked for."""
     before = HGAConfig(**vars(HGA) | {"votes": 0, "scan_pairs": 0})

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
+from hga_jax.attention import HGAAttention
 from hga_jax.backend import AttentionBackend
 from hga_jax.cache.disk import BlockStore, StoreError
 from hga_jax.config import HGAConfig
@@ -35,6 +36,9 @@ from hga_jax.text.chat import render_chat
 if TYPE_CHECKING:
     from hga_jax.language_model import LanguageModel
 
+# Tokens of room up to which prefill finds pages by sketches, unless told otherwise. Those are stored; the energies from which rotary pairs
+# are chosen are not, and a reopened session would route its next prompts otherwise than one that was never closed. Beyond, pairs save more.
+SKETCHES_UP_TO = 65536
 GROWTH = 4096  # tokens: a session without ctx makes room in steps of this, so that few programs are compiled
 
 
@@ -241,7 +245,13 @@ class Session:
         self._disk = None
         model = self.model
         self._placed, plan = place_history(
-            model.config, self.backend, ctx, model.dtype, self.kv_store, self.host_memory, host_experts=model.host_experts
+            model.config,
+            _by_sketches(self.backend, ctx),
+            ctx,
+            model.dtype,
+            self.kv_store,
+            self.host_memory,
+            host_experts=model.host_experts,
         )
         plan.check()
         self._segment = plan.segment
@@ -324,3 +334,10 @@ class Session:
         if self.on_notice is not None:
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0].split(" [")[0]
             self.on_notice(f"session {self.folder} cannot be written ({reason}): going on in memory; what was stored before stays valid")
+
+
+def _by_sketches(backend: AttentionBackend, ctx: int) -> AttentionBackend:
+    """The backend that goes on after reopening as it would have without; beyond SKETCHES_UP_TO tokens as it is."""
+    if not isinstance(backend, HGAAttention) or backend.config.scan_pairs != "auto" or ctx > SKETCHES_UP_TO:
+        return backend
+    return replace(backend, config=replace(backend.config, scan_pairs=0))
