@@ -66,9 +66,8 @@ class Generation:
     """One run of generate: the states, the clock and the counters.
 
     start: layer states that hold the first tokens of `ids` already, and how many they hold. recorder: stores the history as it grows.
-    disk: where the history lies, when it is neither on the device nor in host memory. segment: tokens that
-    prefill takes through a layer at a time (None: as suits the machine). After `run`, `states` hold the K/V of the first
-    `held` tokens of ids + the result's tokens.
+    disk: where the history lies, when it is neither on the device nor in host memory. segment, super_block: of programs.prefill_blocks.
+    After `run`, `states` hold the K/V of the first `held` tokens of ids + the result's tokens.
     """
 
     def __init__(
@@ -84,9 +83,11 @@ class Generation:
         recorder: Recorder | None = None,
         disk: DiskTier | None = None,
         segment: int | None = None,
+        super_block: int = programs.SUPER_BLOCK,
     ):
         self.states, self.held = (None, 0) if start is None else start
-        self.recorder, self.disk, self.segment = recorder, disk, segment
+        self.recorder, self.disk = recorder, disk
+        self.portions = {"segment": segment, "super_block": super_block}
         self.model, self.backend, self.ids, self.ctx, self.sampling = model, backend, ids, ctx, sampling
         self.key = jax.random.key(seed)
         self.stop_ids = sorted({*model.config.eos_token_ids, *(model.tokenizer.eos_ids if model.tokenizer else ())})
@@ -163,8 +164,8 @@ class Generation:
             states,
             self.backend,
             first=self.held,
-            segment=self.segment,
             on_layer=report,
+            **self.portions,
             **settings,
         ):
             stats, states = stats + block.stats, block.states

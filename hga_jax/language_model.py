@@ -171,7 +171,7 @@ class LanguageModel:
             )  # fmt: skip
         backend, plan = place_history(self.config, backend, ctx, self.dtype, kv_store, host_experts=self.host_experts)
         plan.check()
-        generation = Generation(self, backend, ids, ctx, sampling, seed, stop, segment=plan.segment)
+        generation = Generation(self, backend, ids, ctx, sampling, seed, stop, **plan.portions)
         return generation.run(max_new_tokens, plan.tier, scaling_note, on_text, on_prefill)
 
     def _generate_on_disk(

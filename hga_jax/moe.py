@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -10,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from hga_jax.quantized import BlockScaled, Weight, matmul, unusual_block
 from pallas_kernels import moe_decode, moe_prefill
 from pallas_kernels.dispatch import Implementation, choose
-from pallas_kernels.normalise import Norm, rms_norm
+from pallas_kernels.normalise import Norm, result_dtype, rms_norm
 
 BLOCK_ROWS = 32  # rows of one expert multiplied at a time in prefill; each expert wastes half of one on average
 
@@ -28,39 +30,40 @@ def expert_mlp(
     implementation: Implementation | None = None,
 ) -> Float[Array, "T D"]:
     """Mix of the chosen experts' outputs. gate, up [E, F, D]; down [E, D, F]; weights are what each expert's output counts.
-    norm: of x, before; residual: added to the result.
+    norm: of x, before; residual: added to the result, which has its dtype, or x's.
 
-    implementation None: the decode kernels for a few tokens and the grouped matmuls for more, on a CUDA GPU with FP8 weights and bfloat16
+    implementation None: the decode kernels for a few tokens and the grouped matmuls for more, on a CUDA GPU with FP8 weights and 16-bit
     activations; plain XLA otherwise.
     """
     pairs = [(w.values, w.scales) if isinstance(w, BlockScaled) else (w, None) for w in (gate, up, down)]
     values, scales = zip(*pairs, strict=True)
     kernel = moe_decode if x.shape[0] <= moe_decode.MAX_TOKENS else moe_prefill
     reason = unusual_block(gate, up, down) or kernel.unsupported(x, ids, values, scales)
-    if kernel is moe_prefill and x.dtype != jnp.bfloat16:
-        reason = f"activations are {x.dtype} and the grouped matmuls multiply in 16 bits"
+    if kernel is moe_prefill and (x if norm is None else norm.weight).dtype == jnp.float32:
+        reason = "activations are float32 and the grouped matmuls multiply in 16 bits"
     quantized = all(scale is not None for scale in scales)
     if implementation is None and not quantized:
         implementation = "xla"
     if choose("expert_mlp", implementation, reason) == "pallas":
         if kernel is moe_decode:
             return moe_decode.expert_mlp(x, ids, weights, values, scales, norm=norm, residual=residual)
-        out = moe_prefill.expert_mlp(x if norm is None else rms_norm(x, norm), ids, weights, values, scales)
+        run = partial(moe_prefill.expert_mlp, values=values, scales=scales, out_dtype=jnp.float32)
     else:
-        out = _expert_mlp_xla(x if norm is None else rms_norm(x, norm), ids, weights, gate, up, down)
-    return out if residual is None else residual + out
+        run = partial(_expert_mlp_xla, gate=gate, up=up, down=down)
+    out = run(x if norm is None else rms_norm(x, norm), ids, weights)
+    return (out if residual is None else residual + out).astype(result_dtype(x, norm, residual))
 
 
 def _expert_mlp_xla(
     x: Float[Array, "T D"], ids: Int[Array, "T k"], weights: Float[Array, "T k"], gate: Weight, up: Weight, down: Weight
 ) -> Float[Array, "T D"]:
-    """Every (token, expert) pair is computed once and no expert is multiplied by a token that did not choose it: FLOPs are those of the
-    routed experts, and only one block's weights are dequantised at a time.
+    """In float32. Every (token, expert) pair is computed once, and no expert is multiplied by a token that did not choose it: FLOPs are
+    those of the routed experts, and only one block's weights are dequantised at a time.
     """
     tokens, choices = ids.shape
     if tokens * choices <= BLOCK_ROWS:  # decode: read just the chosen experts
         out = lax.map(lambda e: _mlp(x[e[0]][None], gate[e[1]], up[e[1]], down[e[1]])[0], (_owners(tokens, choices), ids.reshape(-1)))
-        return (out.reshape(tokens, choices, -1) * weights[..., None]).sum(1).astype(x.dtype)
+        return (out.reshape(tokens, choices, -1) * weights[..., None]).sum(1)
 
     experts = gate.shape[0]
     rows = tokens * choices
@@ -81,7 +84,7 @@ def _expert_mlp_xla(
 
     bound = rows // BLOCK_ROWS + min(experts, rows)
     out = lax.fori_loop(0, jnp.minimum(last_block[-1], bound), lambda i, o: block(o, i)[0], jnp.zeros((rows, x.shape[1]), x.dtype))
-    return (out.reshape(tokens, choices, -1) * weights[..., None]).sum(1).astype(x.dtype)
+    return (out.reshape(tokens, choices, -1) * weights[..., None]).sum(1)
 
 
 def _owners(tokens: int, choices: int) -> Int[Array, " pairs"]:

@@ -43,7 +43,8 @@ class Plan:
     host_weights: bytes of weights that lie in pinned host memory, outside the total; host_experts: of them the experts of expert_layers
     layers, of which a token reads expert_reads over PCIe. Prefill brings one layer's at a time to the device (streamed).
     host: bytes of `history` that lie in host memory instead, and host_limit what there is of it; working: the device buffer that one
-    layer's history passes through in prefill. Both 0 with the device tier. segment: tokens that prefill takes through a layer at a time.
+    layer's history passes through in prefill. Both 0 with the device tier. super_block: tokens that prefill takes through a layer before
+    the next layer starts, segment: at a time.
     prefill_summaries: bytes of `summaries` on the device while prefill is at work. host_summaries: bytes of them that stay in host memory
     while decoding, the largest array of `host_layers` layers: what every token reads over PCIe. reserve: left free for what has no name.
     """
@@ -62,6 +63,7 @@ class Plan:
     working: int = 0
     host: int = 0
     host_limit: int | None = None
+    super_block: int = SUPER_BLOCK
     segment: int = 0
     prefill_summaries: int = 0
     host_summaries: int = 0
@@ -71,6 +73,11 @@ class Plan:
     expert_reads: int = 0
     streamed: int = 0
     reserve: int = 0
+
+    @property
+    def portions(self) -> dict[str, int]:
+        """What programs.prefill_blocks is to take at a time."""
+        return {"segment": self.segment, "super_block": self.super_block}
 
     @property
     def lasting(self) -> int:
@@ -101,7 +108,7 @@ class Plan:
             "windows": "within the history in this tier" if not self.windows else "sinks, local window and open chunk",
             "bank": "none" if not self.bank else "routed pages kept on the device, from the end of prefill on",
             "working": "none in this tier" if not self.working else "one layer's history during prefill",
-            "activations": f"one super-block of the prompt; projections and MLP of {self.segment:,} tokens at a time; logits",
+            "activations": f"{min(self.super_block, self.ctx):,} tokens; projections and MLP of {self.segment:,} at a time; logits",
         }
         if self.reserve:
             notes["reserve"] = "temporaries and fragments"
@@ -205,9 +212,10 @@ def make_plan(
         host_experts=experts, expert_layers=expert_layers, streamed=experts // max(expert_layers, 1),
         expert_reads=experts * config.experts_per_token // max(config.experts, 1), reserve=0 if memory == MAIN_MEMORY else RESERVE,
     )  # fmt: skip
-    for segment in segments(padded_size(ctx, SEGMENT, SUPER_BLOCK)):
-        activations = activation_bytes(config, ctx, jnp.dtype(dtype).itemsize, segment, getattr(backend, "config", None))
-        plan = replace(plan, segment=segment, activations=activations)
+    for super_block, segment in portions(ctx):
+        size = padded_size(ctx, SEGMENT, super_block)
+        activations = activation_bytes(config, ctx, jnp.dtype(dtype).itemsize, size, segment, getattr(backend, "config", None))
+        plan = replace(plan, super_block=super_block, segment=segment, activations=activations)
         if limit is None or plan.prefill_total + plan.reserve <= limit:
             break
     if plan.reserve and limit is not None and 0 < limit - plan.total < PIECE:
@@ -226,39 +234,44 @@ def has_own_memory(device: jax.Device) -> bool:
     return device.platform != "cpu"
 
 
-def segments(size: int) -> list[int]:
-    """Lengths of prefill's segments to try, the fastest first; shorter ones hold less at a time."""
-    longest = segment_of(size)
-    return [longest >> halved for halved in range(4) if longest >> halved >= SEGMENT] or [longest]
+def portions(ctx: int) -> list[tuple[int, int]]:
+    """(super-block, segment) to take prefill in, the fastest first; shorter ones hold less at a time. A history in host memory is read once
+    a super-block.
+    """
+    longest = segment_of(padded_size(ctx, SEGMENT, SUPER_BLOCK))
+    segments = [longest >> halved for halved in range(4) if longest >> halved >= SEGMENT] or [longest]
+    shorter = [(SUPER_BLOCK // 2, segment) for segment in segments if ctx > SUPER_BLOCK]
+    return [(SUPER_BLOCK, segment) for segment in segments] + shorter
 
 
-def activation_bytes(config: ModelConfig, ctx: int, width: int, tokens: int, hga: HGAConfig | None) -> int:
-    """Bytes of prefill's temporaries with segments of `tokens` tokens, `width` bytes a value: the super-block's activations and the largest
-    of a segment's three parts.
+def activation_bytes(config: ModelConfig, ctx: int, width: int, size: int, tokens: int, hga: HGAConfig | None) -> int:
+    """Bytes of prefill's temporaries with super-blocks of `size` tokens and segments of `tokens`, `width` bytes a value: the super-block's
+    activations and the largest of a segment's three parts.
 
-    Projections: input, normalised input, float32 products of q, k, v, the same turned, outputs. Dense attention (`hga` None): q, k, v,
-    outputs, and the scores of a block of queries and keys or page lists. Else q, k, v, outputs, and what routing makes for a layer: the
-    history's keys as their sketches remember them, page means, page lists, and a byte a block and page in up to six tables. Expert MLP: a
-    row of F and one of D for each token and chosen expert (see pallas_kernels.moe_prefill), input, normalised input, output.
+    Activations between layers are float32. Projections: input, normalised input, float32 products of q, k, v, the same turned, outputs.
+    Dense attention (`hga` None): q, k, v, outputs, and the scores of a block of queries and keys or page lists. Else q, k, v, outputs, and
+    what routing makes for a layer: the history's keys as their sketches remember them, page means, page lists, and a byte a block and page
+    in up to six tables. Expert MLP: a row of F and one of D for each token and chosen expert (see pallas_kernels.moe_prefill), input,
+    normalised input, output.
     The compiler's own figures for Qwen3-30B-A3B-FP8, segments of 16,384 tokens, are below these: 0.75 GiB where this says 0.88 (262,144
     tokens), 0.86 and 1.09 (524,288), 1.52 and 1.81 (1,048,576), the super-block's activations apart.
     """
-    size, hidden = padded_size(ctx, SEGMENT, SUPER_BLOCK), config.hidden_size
+    hidden = config.hidden_size
     heads, out = (config.heads + 2 * config.kv_heads) * config.head_dim, config.heads * config.head_dim
-    projections = tokens * (2 * hidden * width + heads * (4 + 2 * width) + out * width)
-    mlp = tokens * (3 * hidden * width + 3 * config.mlp_size * width)
+    projections = tokens * (hidden * (4 + width) + heads * (4 + 2 * width) + out * width)
+    mlp = tokens * (hidden * (8 + width) + 3 * config.mlp_size * width)
     if config.experts:
-        mlp = tokens * (3 * hidden * width + config.experts_per_token * (config.expert_size + hidden) * 2)
+        mlp = tokens * (hidden * (8 + width) + config.experts_per_token * (config.expert_size + hidden) * 2)
     attention = 0
     if hga is None and on_cuda():
         scores = 2 * 4 * config.heads * QUERIES_AT_ONCE_CUDA * KEYS_AT_ONCE_CUDA  # and their exponentials
         lists = 2 * 4 * config.kv_heads * (tokens // DENSE_CHUNK + 1) * (ctx // DenseAttention.page_size)
-        attention = tokens * (hidden + heads + out) * width + max(scores, lists)
+        attention = tokens * (hidden * 4 + (heads + out) * width) + max(scores, lists)
     if hga is not None:
         blocks, pages = tokens // hga.chunk_size + 1, ctx // hga.group_size
         routing = config.kv_heads * ((ctx + pages) * config.head_dim * width + blocks * (3 * hga.page_capacity * 8 + 6 * pages))
-        attention = tokens * (hidden + heads + out) * width + routing
-    return size * hidden * width + max(projections, attention, mlp) + 2 * config.vocab_size * 4
+        attention = tokens * (hidden * 4 + (heads + out) * width) + routing
+    return size * hidden * 4 + max(projections, attention, mlp) + 2 * config.vocab_size * 4
 
 
 def place_history(

@@ -14,7 +14,7 @@ from hga_jax.pytree import register
 from pallas_kernels import fp8_matvec
 from pallas_kernels.dispatch import Implementation, choose
 from pallas_kernels.fp8 import BLOCK
-from pallas_kernels.normalise import Norm, rms_norm
+from pallas_kernels.normalise import Norm, narrow, result_dtype, rms_norm
 
 
 @register
@@ -66,9 +66,10 @@ def matmul(
     out_dtype: Any = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "*B out"]:
-    """x @ weight.T with weight [out, in], float32 accumulation, result in x's dtype or `out_dtype`.
+    """x @ weight.T with weight [out, in], float32 accumulation.
 
-    norm: of x, before; residual: added to the result. implementation None: the matvec kernel for one row (FP8: a few rows) on a CUDA GPU,
+    norm: of x, before; residual: added to the result before it is rounded to `out_dtype`, which is by default the residual's dtype, or the
+    norm's, or x's. implementation None: the matvec kernel for one row (FP8: a few rows) on a CUDA GPU,
     plain XLA otherwise.
     """
     return joined_matmul(x, (weight,), norm=norm, residual=residual, out_dtype=out_dtype, implementation=implementation)
@@ -84,7 +85,7 @@ def joined_matmul(
     implementation: Implementation | None = None,
 ) -> Float[Array, "*B total"]:
     """The products of `matmul` with several weights, side by side; one launch where the matvec kernel runs."""
-    out_dtype = out_dtype or x.dtype
+    out_dtype = out_dtype or result_dtype(x, norm, residual)
     rows = x.reshape(-1, x.shape[-1])
     pairs = [(weight.values, weight.scales) if isinstance(weight, BlockScaled) else (weight, None) for weight in weights]
     few = MAX_ROWS if all(isinstance(weight, BlockScaled) for weight in weights) else 1
@@ -97,5 +98,5 @@ def joined_matmul(
     if norm is not None:
         x = rms_norm(x, norm)
     wide = [jnp.einsum("...i,oi->...o", x, dequantize(weight, x.dtype), preferred_element_type=jnp.float32) for weight in weights]
-    out = (wide[0] if len(wide) == 1 else jnp.concatenate(wide, axis=-1)).astype(out_dtype)
-    return out if residual is None else residual + out
+    out = wide[0] if len(wide) == 1 else jnp.concatenate(wide, axis=-1)
+    return narrow(out if residual is None else residual + out, out_dtype)

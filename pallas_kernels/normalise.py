@@ -1,4 +1,4 @@
-"""RMS normalisation: what a kernel does to its input vector on the way in, and the same in plain JAX."""
+"""What a kernel does to its input vector on the way in, RMS normalisation, and to its result on the way out; and the same in plain JAX."""
 
 from __future__ import annotations
 
@@ -14,17 +14,30 @@ from pallas_kernels.indexing import outer, span
 
 
 class Norm(NamedTuple):
-    """x / sqrt(mean(x^2) + eps) in float32, rounded to x's dtype, times `weight`."""
+    """x / sqrt(mean(x^2) + eps) in float32, rounded to the dtype of `weight` and times it."""
 
     weight: Float[Array, " D"]
     eps: float
 
 
+LARGEST = float(jnp.finfo(jnp.float16).max)
+
+
+def narrow(x: Array, dtype: Any) -> Array:
+    """x in `dtype`. What float16 cannot hold becomes its largest number: one odd activation and not a network of NaN."""
+    return (jnp.clip(x, -LARGEST, LARGEST) if dtype == jnp.float16 else x).astype(dtype)
+
+
+def result_dtype(x: Array, norm: Norm | None, residual: Array | None) -> Any:
+    """Of a product of the (normalised) x, with a residual added or not."""
+    return residual.dtype if residual is not None else norm.weight.dtype if norm is not None else x.dtype
+
+
 def rms_norm(x: Float[Array, "*T D"], norm: Norm) -> Float[Array, "*T D"]:
-    """Normalised in float32 and scaled in x's dtype, as the checkpoints were trained."""
+    """Normalised in float32 and scaled in the weight's dtype, as the checkpoints were trained."""
     wide = x.astype(jnp.float32)
     normal = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + norm.eps)
-    return norm.weight * normal.astype(x.dtype)
+    return norm.weight * normal.astype(norm.weight.dtype)
 
 
 def inverse_rms(x_ref: Any, row: Any, size: int, eps: float) -> Float[Array, ""]:

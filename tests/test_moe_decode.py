@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hga_jax.quantized import matmul
 from pallas_kernels import fp8_matvec, moe_decode
 from pallas_kernels.fp8_matvec import reference as matvec_reference
 from pallas_kernels.moe_decode import reference
@@ -30,16 +31,16 @@ def relative(out, expected):
 
 @pytest.mark.parametrize("interpret", MODES)
 @pytest.mark.parametrize(("tokens", "outputs", "inputs"), [(1, 256, 256), (1, 200, 304), (3, 130, 48), (8, 37, 529)])
-@pytest.mark.parametrize("fp8", [True, False])
-def test_matvec(tokens, outputs, inputs, fp8, interpret):
+@pytest.mark.parametrize("plain", [None, "bfloat16", "float16"])
+def test_matvec(tokens, outputs, inputs, plain, interpret):
     rng = np.random.default_rng(outputs)
-    x = jnp.asarray(rng.standard_normal((tokens, inputs)), jnp.bfloat16)
+    x = jnp.asarray(rng.standard_normal((tokens, inputs)), plain or jnp.bfloat16)
     values, scales = block_scaled(rng, outputs, inputs)
-    if not fp8:
-        values, scales = values.astype(jnp.bfloat16), None
+    if plain:
+        values, scales = values.astype(plain), None
     expected = matvec_reference.matvec(x, values, scales)
     configs = [fp8_matvec.Config(rows=8, columns=256)]
-    if fp8:
+    if not plain:
         bits = fp8_matvec.Config(rows=16, columns=512, in_flight=1, conversion="bits")
         configs += [bits, fp8_matvec.Config(rows=4, columns=128)]
     for config in configs:
@@ -107,6 +108,41 @@ def test_expert_mlp(tokens, experts, choices, size, width, fp8, interpret):
     expected = reference.expert_mlp(normalised(x, norm), np.asarray(ids), np.asarray(weights), *wide) + np.asarray(x, np.float64)
     out = moe_decode.expert_mlp(x, ids, weights, values, scales, norm=norm, residual=x, config=config, interpret=interpret)
     assert relative(out, expected) < 2e-6
+
+
+@pytest.mark.parametrize("interpret", MODES)
+@pytest.mark.parametrize(("dtype", "most"), [("bfloat16", 4e-3), ("float16", 6e-4)])
+def test_float32_between_layers_and_sixteen_bits_inside(dtype, most, interpret):
+    """What is normalised has the norm's format, two roundings; the residual and the result are not rounded."""
+    rng = np.random.default_rng(9)
+    x = jnp.asarray(rng.standard_normal((2, 176)) * 1e5, jnp.float32)  # more than float16 holds
+    norm = Norm(jnp.asarray(rng.uniform(0.5, 2, 176), dtype), 1e-6)
+    weight, experts = block_scaled(rng, 176, 176), [block_scaled(rng, 4, *shape) for shape in ((96, 176), (96, 176), (176, 96))]
+    ids, shares = jnp.asarray([[3, 0], [1, 2]], jnp.int32), jnp.asarray(rng.uniform(0.1, 1, (2, 2)), jnp.float32)
+    values, scales = zip(*experts, strict=True)
+    wide = [matvec_reference.dequantize(*expert) for expert in experts]
+    for out, expected in (
+        (
+            fp8_matvec.matvecs(x, [weight], norm=norm, residual=x, config=fp8_matvec.Config(rows=8, columns=128), interpret=interpret),
+            matvec_reference.matvec(normalised(x, norm), *weight),
+        ),
+        (
+            moe_decode.expert_mlp(x, ids, shares, values, scales, norm=norm, residual=x, interpret=interpret),
+            reference.expert_mlp(normalised(x, norm), np.asarray(ids), np.asarray(shares), *wide),
+        ),
+    ):
+        assert out.dtype == jnp.float32
+        np.testing.assert_allclose(np.asarray(out, np.float64), expected + np.asarray(x, np.float64), rtol=1e-7, atol=8 * most)
+        assert relative(np.asarray(out, np.float64) - np.asarray(x, np.float64), expected) < most + 1e-2  # x has 24 bits, the sum too
+
+
+@pytest.mark.parametrize("interpret", MODES)
+def test_what_float16_cannot_hold_is_its_largest_number(interpret):
+    x, weight = jnp.full((1, 128), 60000, jnp.float16), jnp.asarray([[1], [-1], [1 / 128]], jnp.float16) * jnp.ones((3, 128), jnp.float16)
+    expected = np.asarray([[65504, -65504, 60000]])
+    out = fp8_matvec.matvec(x, weight, config=fp8_matvec.Config(rows=4, columns=128), interpret=interpret)
+    np.testing.assert_array_equal(np.asarray(out, np.float64), expected)
+    np.testing.assert_array_equal(np.asarray(matmul(x, weight, implementation="xla"), np.float64), expected)
 
 
 @pytest.mark.gpu

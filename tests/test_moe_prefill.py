@@ -77,6 +77,19 @@ def test_variants(variant, interpret):
 
 
 @pytest.mark.parametrize("interpret", MODES)
+def test_float16_rounds_an_eighth(interpret):
+    """Activations, dequantised weights, hidden vector and expert outputs in float16, the sum over experts in float32."""
+    (x, *rest), _ = problem(37, 6, 3, 72, 200)
+    x = (x + jnp.asarray(np.random.default_rng(1).standard_normal(x.shape), x.dtype) / 512).astype(jnp.float16)
+    ids, weights, values, scales = rest
+    expected = reference.expert_mlp(x, ids, weights, *(dequantize(v, s) for v, s in zip(values, scales, strict=True)))
+    grouped = Grouped(rows=16, columns=32, depth=32, warps=4, stages=2, operand="float16")
+    out = moe_prefill.expert_mlp(x, *rest, out_dtype=jnp.float32, config=Config(grouped, grouped), interpret=interpret)
+    assert out.dtype == jnp.float32
+    assert relative(out, expected) < 1e-3
+
+
+@pytest.mark.parametrize("interpret", MODES)
 def test_several_passes_give_the_same_rows(interpret):
     arguments, _ = problem(37, 6, 3, 72, 200)
     whole = moe_prefill.expert_mlp(*arguments, config=Config(SMALL, SMALL), interpret=interpret)

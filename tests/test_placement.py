@@ -135,6 +135,7 @@ def test_segments_shorten_before_a_plan_is_refused(thirty_billion):
     assert long.segment == 16_384
     assert longer.segment < 16_384
     assert longer.fits
+    assert (long.super_block, longer.super_block) == (65_536, 32_768)
     beyond = thirty_billion(2**20)[1]
     assert not beyond.fits
     with pytest.raises(ValueError, match=r"--ctx \d+ would fit"):

@@ -11,7 +11,7 @@ import pytest
 
 from hga_jax.backend import DenseAttention
 from hga_jax.config import ModelConfig
-from hga_jax.model import MoE, Parameters, RMSNorm
+from hga_jax.model import Decoder, MoE, Parameters, RMSNorm
 
 
 def test_dense_attention_does_not_round_the_scaled_query():
@@ -36,6 +36,30 @@ def test_dense_attention_does_not_round_the_scaled_query():
     expected = np.einsum("nts,snh->tnh", weights / weights.sum(-1, keepdims=True), wide_v)
     found = np.concatenate([np.asarray(out[:34], np.float64), np.asarray(last, np.float64)[None]])
     assert np.linalg.norm(found - expected) < 3e-3 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_small_additions_of_many_layers_add_up(tokens):
+    """48 layers, each of which adds a thousandth: a sum rounded to bfloat16 after every layer would stay what it was."""
+    raw = {
+        "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 48, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "intermediate_size": 64, "vocab_size": 64, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "max_position_embeddings": 64,
+        "tie_word_embeddings": True,
+    }  # fmt: skip
+    decoder, backend = Decoder(ModelConfig.from_hf(raw), jnp.bfloat16), DenseAttention()
+    for layer in decoder.layers:
+        layer.attention.o.weight.set_value(jnp.zeros_like(layer.attention.o.weight.get_value()))
+        layer.mlp.down.weight.set_value(layer.mlp.down.weight.get_value() / 2048)
+    x = start = decoder.embed(jnp.arange(tokens))
+    added = np.zeros(start.shape)
+    run = jax.jit(lambda layer, x, state: layer.prefill(x, jnp.int32(0), jnp.int32(tokens), state, backend)[0])
+    for layer in decoder.layers:
+        state = backend.init_state(64, 1, 32, jnp.bfloat16)
+        layer_adds = run(layer, start, state) - start  # of an input that hardly changes
+        x, added = run(layer, x, state), added + np.asarray(layer_adds, np.float64)
+    moved = np.asarray(x, np.float64) - np.asarray(start, np.float64)
+    assert np.abs(added).mean() < 0.05 * np.abs(np.asarray(start)).mean()
+    assert np.linalg.norm(moved - added) < 0.1 * np.linalg.norm(added)
 
 
 @pytest.mark.parametrize("tokens", [4, 40])

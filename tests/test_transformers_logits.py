@@ -22,6 +22,15 @@ def test_dense_logits_equal_transformers(family):
     np.testing.assert_allclose(logits, golden["logits"], atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize(("dtype", "most"), [("bfloat16", 2.5e-2), ("float16", 2.5e-3)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dense_logits_in_sixteen_bits(family, dtype, most):
+    """Float16 rounds an eighth of what bfloat16 does; one rounding of a logit is 2e-3 and 2.5e-4."""
+    golden = np.load(GOLDEN / f"{family}.npz")
+    logits = load_model(GOLDEN / family, dtype=jnp.dtype(dtype)).logits(golden["tokens"][None], attention="dense")[0]
+    assert np.linalg.norm(logits - golden["logits"]) < most * np.linalg.norm(golden["logits"])
+
+
 def test_sharded_checkpoint_gives_the_same_logits():
     golden = np.load(GOLDEN / "qwen3_moe.npz")
     model = load_model(GOLDEN / "qwen3_moe_sharded", dtype=jnp.float32)

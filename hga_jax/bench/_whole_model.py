@@ -102,7 +102,7 @@ def random_decoder(config: ModelConfig, dtype: Any, host_experts: int = 0) -> De
 
 def open_model(options: argparse.Namespace, hga: HGAConfig) -> LanguageModel:
     """The checkpoint or the random model; without end tokens, so that it makes as many as it is asked for."""
-    dtype = jnp.bfloat16
+    dtype = jnp.dtype(options.dtype)
     if options.model is None:
         config = ModelConfig.from_hf(make_config(options.shape + ("-fp8" if options.random_fp8 else ""), options.layers))
     else:
@@ -216,6 +216,7 @@ def main(what: str, argv: list[str]) -> None:
     parser.add_argument("--model", type=Path, help="checkpoint directory (default: random weights of --shape)")
     parser.add_argument("--shape", choices=[name for name in MODELS if not name.endswith("-fp8")], default="qwen3-30b-a3b")
     parser.add_argument("--layers", type=int, help="of the random model (default: as the real one)")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16", help="weights that are not FP8, and K/V")
     parser.add_argument("--random-fp8", action="store_true", help="FP8 weights in the random model")
     parser.add_argument("--ctx", type=int, nargs="+", default=[65536], help="prompt tokens")
     parser.add_argument("--rope-scaling", default="none", help="of generate: none keeps prompts within the native context")

@@ -57,7 +57,7 @@ def _compile(model: LanguageModel, length: int, backend: AttentionBackend) -> No
     kinds = {config.is_moe_layer(index): layer for index, layer in enumerate(decoder.layers)}
     zero = jnp.int32(0)
     for size, segment in programs.layer_programs(length):
-        x = jnp.zeros((size, config.hidden_size), model.dtype)
+        x = decoder.embed(jnp.zeros(size, jnp.int32))
         _losses(decoder, x, jnp.zeros(size, jnp.int32), zero).block_until_ready()
         for layer in kinds.values():
             state = backend.init_state(length, config.kv_heads, config.head_dim, model.dtype)

@@ -79,7 +79,7 @@ class Session:
         self._states: tuple[Any, ...] | None = None
         self._placed: AttentionBackend | None = None  # the backend with the history in its tier
         self._capacity = 0
-        self._segment: int | None = None  # tokens that prefill takes through a layer at a time
+        self._portions: dict[str, int] = {}  # in which prefill takes tokens
         self._take_locks()
         try:
             self._open(model, attention, hga, rope_scaling)
@@ -152,7 +152,7 @@ class Session:
         read_before = 0 if self._disk is None else self._disk.cache.counters.bytes_read
         self._states = None  # consumed: if the turn fails, the next one reads the disk
         run = Generation(
-            self.model, self._placed, ids, self._capacity, sampling, seed, stop, start, self._recorder, self._disk, self._segment
+            self.model, self._placed, ids, self._capacity, sampling, seed, stop, start, self._recorder, self._disk, **self._portions
         )  # fmt: skip
         tier = tier_of(self._placed) if self._disk is None else "disk"
         try:
@@ -254,7 +254,7 @@ class Session:
             host_experts=model.host_experts,
         )
         plan.check()
-        self._segment = plan.segment
+        self._portions = plan.portions
         if plan.tier == "disk" and self._trouble is not None:
             raise ValueError(f"--kv-store {self.kv_store} cannot be written ({self._trouble}): choose another directory, or auto")
         limit, start = len(ids) - 1, None

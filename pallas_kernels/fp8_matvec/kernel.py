@@ -19,9 +19,10 @@ from jaxtyping import Array, Float
 from pallas_kernels.fp8 import BLOCK, Conversion, conversion_for, to_float32
 from pallas_kernels.fp8_matvec.config import Config, measured
 from pallas_kernels.indexing import outer, span
-from pallas_kernels.normalise import Norm, inverse_rms
+from pallas_kernels.normalise import Norm, inverse_rms, narrow, result_dtype
 
 MAX_ROWS = 8
+PLAIN = (jnp.bfloat16, jnp.float16, jnp.float32)  # weights without scales
 
 
 def unsupported(x: Any, weights: Sequence[tuple[Any, Any]]) -> str | None:
@@ -31,7 +32,7 @@ def unsupported(x: Any, weights: Sequence[tuple[Any, Any]]) -> str | None:
     if len({scales is None for _, scales in weights}) > 1:
         return "weights with and without scales in one launch"
     for values, scales in weights:
-        if values.dtype not in (jnp.float8_e4m3fn, jnp.bfloat16, jnp.float32):
+        if values.dtype not in PLAIN and values.dtype != jnp.float8_e4m3fn:
             return f"weights are {values.dtype}"
         if reason := bad_weight(values, scales):
             return reason
@@ -98,7 +99,7 @@ def row_dots(
                 inverses = inverses or [inverse_rms(x, t, inputs, norm[1]) for x, t in xs]  # behind the first loads of weights
                 scale = plt.load(norm[0].at[outer(span(column, width))], mask=inside)
                 vectors = [
-                    scale * (vector.astype(jnp.float32) * inverse).astype(vector.dtype)
+                    scale * (vector.astype(jnp.float32) * inverse).astype(scale.dtype)
                     for vector, inverse in zip(vectors, inverses, strict=True)
                 ]
             vectors = [vector.astype(jnp.float32) for vector in vectors]
@@ -164,7 +165,7 @@ def _kernel(
                 index = outer(t, offset + here)
                 if residual_ref is not None:
                     dot = dot + plt.load(residual_ref.at[index], mask=mask).astype(jnp.float32)
-                plt.store(out_ref.at[index], dot.astype(out_ref.dtype), mask=mask)
+                plt.store(out_ref.at[index], narrow(dot, out_ref.dtype), mask=mask)
 
         begin, offset = begin + blocks, offset + size
 
@@ -180,7 +181,7 @@ def matvec(
 ) -> Float[Array, "T out"]:
     """x @ (values * scales).T accumulated in float32, T from 1 to 8; the result has x's dtype unless `out_dtype` says otherwise.
 
-    values: float8_e4m3fn with one scale per 128x128 block, or bfloat16/float32 without scales. Raises NotImplementedError for anything
+    values: float8_e4m3fn with one scale per 128x128 block, or of a dtype of PLAIN without scales. Raises NotImplementedError for anything
     else. The weight is exact (no rounding to bfloat16 of value times scale), so results differ from the XLA twin by that rounding, about
     2**-9.
     """
@@ -199,8 +200,9 @@ def matvecs(
 ) -> Float[Array, "T total"]:
     """The products of `matvec` with several (values, scales), side by side, in one launch and without a joined copy of the weights.
 
-    norm: of x, before; residual: added to the result, in float32. A launch costs 2.3 us on an H100 however little it does: q, k and v one
-    by one took 9.5 us where this takes 6.2, and normalising and adding apart another 3 us each.
+    norm: of x, before; residual: added to the result, in float32. The result then has the dtype of one of these. A launch costs 2.3 us on
+    an H100 however little it does: q, k and v one by one took 9.5 us where this takes 6.2, and normalising and adding apart another 3 us
+    each.
     """
     if reason := unsupported(x, weights):
         raise NotImplementedError(f"fp8_matvec: {reason}")
@@ -223,7 +225,7 @@ def matvecs(
         grid=(sum(-(-size // config.rows) for size in outputs),),
         in_specs=[pl.no_block_spec] * len(operands),
         out_specs=pl.no_block_spec,
-        out_shape=jax.ShapeDtypeStruct((x.shape[0], sum(outputs)), out_dtype or x.dtype),
+        out_shape=jax.ShapeDtypeStruct((x.shape[0], sum(outputs)), out_dtype or result_dtype(x, norm, residual)),
         compiler_params=plt.CompilerParams(num_warps=config.warps, num_stages=1),
         interpret=interpret,
         name=f"fp8_matvec_{sum(outputs)}x{x.shape[1]}",  # tells the projections apart in a profile

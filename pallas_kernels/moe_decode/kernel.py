@@ -19,10 +19,10 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.fp8 import BLOCK, conversion_for
 from pallas_kernels.fp8_matvec.config import Config as Matvec
-from pallas_kernels.fp8_matvec.kernel import bad_weight, convert, pieces, row_dots
+from pallas_kernels.fp8_matvec.kernel import PLAIN, bad_weight, convert, pieces, row_dots
 from pallas_kernels.indexing import outer, span
 from pallas_kernels.moe_decode.config import Config, measured
-from pallas_kernels.normalise import Norm
+from pallas_kernels.normalise import Norm, result_dtype
 
 MAX_TOKENS = 4
 
@@ -33,7 +33,7 @@ def unsupported(x: Any, ids: Any, values: tuple[Any, Any, Any], scales: tuple[An
         return f"{x.shape[0]} tokens are not 1 to {MAX_TOKENS}"
     if ids.shape[1] > 32:
         return f"{ids.shape[1]} experts a token exceed 32: the down kernel unrolls them"
-    if values[0].dtype not in (jnp.float8_e4m3fn, jnp.bfloat16, jnp.float32):
+    if values[0].dtype not in PLAIN and values[0].dtype != jnp.float8_e4m3fn:
         return f"weights are {values[0].dtype}"
     return next((reason for v, s in zip(values, scales, strict=True) if (reason := bad_weight(v, s))), None)
 
@@ -140,10 +140,10 @@ def expert_mlp(
     config: Config | None = None,
     interpret: bool = False,
 ) -> Float[Array, "T D"]:
-    """Sum over each token's experts of weight * down(silu(gate x) * (up x)), T from 1 to 4, result in x's dtype.
+    """Sum over each token's experts of weight * down(silu(gate x) * (up x)), T from 1 to 4.
 
-    values: gate, up, down as float8_e4m3fn with `scales` one per 128x128 block, or bfloat16/float32 without. norm: of x, before;
-    residual: added to the result. Accumulation and the hidden vector are float32.
+    values: gate, up, down as float8_e4m3fn with `scales` one per 128x128 block, or plain without. norm: of x, before; residual: added to
+    the result. The result has the dtype of x, or of one of these. Accumulation and the hidden vector are float32.
     Raises NotImplementedError for what the kernels cannot take.
     """
     if reason := unsupported(x, ids, values, scales):
@@ -170,7 +170,7 @@ def expert_mlp(
         partial(_down_kernel, config=config.down, choices=choices, size=size, width=width, fp8=fp8, add=residual is not None),
         grid=(-(-width // config.down.rows), tokens),
         in_specs=[pl.no_block_spec] * len(down),
-        out_shape=jax.ShapeDtypeStruct((tokens, width), x.dtype),
+        out_shape=jax.ShapeDtypeStruct((tokens, width), result_dtype(x, norm, residual)),
         compiler_params=plt.CompilerParams(num_warps=config.down.warps, num_stages=1),
         name="moe_decode_down",
     )(*down)

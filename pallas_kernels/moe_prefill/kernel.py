@@ -22,6 +22,7 @@ from pallas_kernels.fp8 import BLOCK, conversion_for, to_float16, to_float32
 from pallas_kernels.fp8_matvec.kernel import bad_weight
 from pallas_kernels.indexing import outer, span
 from pallas_kernels.moe_prefill.config import Config, Grouped, measured
+from pallas_kernels.normalise import narrow
 
 ACTIVATION_SHIFT = 2.0**-6  # float16 activations: the largest is 65504 * 64 = 4.2e6, full precision down to 0.004
 WEIGHT_SHIFT = 2.0**6  # float16 dequantised weights: |weight| < 1023, full precision down to 1e-6 (trained ones lie around 0.01)
@@ -135,9 +136,7 @@ def _multiply(
 
 def _operand(x: Float[Array, "*T in"], dtype: Any) -> Float[Array, "*T in"]:
     """Activations as the tensor cores take them: bfloat16, or float16 moved into its range (both shifts are powers of two, hence exact)."""
-    if dtype != jnp.float16:
-        return x.astype(dtype)
-    return jnp.clip(x.astype(jnp.float32) * ACTIVATION_SHIFT, -65504.0, 65504.0).astype(jnp.float16)
+    return narrow(x.astype(jnp.float32) * ACTIVATION_SHIFT if dtype == jnp.float16 else x, dtype)
 
 
 def _dot(a: Float[Array, "m k"], b: Float[Array, "n k"]) -> Float[Array, "m n"]:
@@ -235,10 +234,11 @@ def expert_mlp(
     values: tuple[Float[Array, "E F D"], Float[Array, "E F D"], Float[Array, "E D F"]],
     scales: tuple[Array | None, Array | None, Array | None] = (None, None, None),
     *,
+    out_dtype: Any = None,
     config: Config | None = None,
     interpret: bool = False,
 ) -> Float[Array, "T D"]:
-    """Sum over each token's experts of weight * down(silu(gate x) * (up x)), result in x's dtype; sums in float32.
+    """Sum over each token's experts of weight * down(silu(gate x) * (up x)), result in `out_dtype` or x's; sums in float32.
 
     values: gate, up, down as float8_e4m3fn with `scales` one per 128x128 block, or bfloat16 without. Tokens beyond config.tokens_per_pass
     go in several passes. Raises NotImplementedError for what the kernels cannot take.
@@ -246,7 +246,7 @@ def expert_mlp(
     config = config or measured(conversion_for())
     if reason := unsupported(x, ids, values, scales, config):
         raise NotImplementedError(f"moe_prefill: {reason}")
-    run = partial(_one_pass, values=values, scales=scales, config=config, interpret=interpret)
+    run = partial(_one_pass, values=values, scales=scales, out_dtype=out_dtype or x.dtype, config=config, interpret=interpret)
     tokens, most = x.shape[0], config.tokens_per_pass
     whole = tokens // most * most
     if tokens <= most:
@@ -263,6 +263,7 @@ def _one_pass(
     *,
     values: tuple[Array, Array, Array],
     scales: tuple[Array | None, Array | None, Array | None],
+    out_dtype: Any,
     config: Config,
     interpret: bool,
 ) -> Float[Array, "T D"]:
@@ -280,7 +281,8 @@ def _one_pass(
         interpret=interpret,
     )
     out = down(tables[config.down.rows], weights, hidden, values[2], scales[2], config=config.down, interpret=interpret)
-    return out.reshape(*ids.shape, -1).astype(jnp.float32).sum(1).astype(x.dtype)
+    out = out.reshape(*ids.shape, -1).astype(jnp.float32).sum(1)
+    return (out / ACTIVATION_SHIFT if operand == jnp.float16 else out).astype(out_dtype)
 
 
 def gate_up(
@@ -320,7 +322,7 @@ def down(
     config: Grouped,
     interpret: bool = False,
 ) -> Float[Array, "pairs D"]:
-    """weight * (down hidden) in bfloat16, a row per (token, choice), back in pair order."""
+    """weight * (down hidden) in hidden's format, a row per (token, choice), back in pair order."""
     width, size = values.shape[1:]
     order, *table = table
     operands = (*table, order, weights.reshape(-1).astype(jnp.float32), hidden, values, *_present(scales))
@@ -329,7 +331,7 @@ def down(
         grid=(-(-width // config.columns), table[0].shape[0]),
         in_specs=[pl.no_block_spec] * len(operands),
         out_specs=pl.no_block_spec,
-        out_shape=jax.ShapeDtypeStruct((order.shape[0], width), jnp.bfloat16),
+        out_shape=jax.ShapeDtypeStruct((order.shape[0], width), hidden.dtype),
         compiler_params=plt.CompilerParams(num_warps=config.warps, num_stages=config.stages),
         interpret=interpret,
         name="moe_prefill_down",
