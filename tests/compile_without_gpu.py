@@ -1,6 +1,6 @@
 """Compile one layer's prefill and decode, kernels included, for an NVIDIA GPU that is not there: lowering, layouts, shared memory, ptxas.
 
-    python tests/compile_without_gpu.py h100|a100|rtx5090 [--policy sketch paper sketch:votes=16,vote_share=0.1 sketch:scan_pairs=16]
+    python tests/compile_without_gpu.py h100|a100|rtx5090 [--dtype float16] [--policy sketch paper sketch:votes=16 sketch:scan_pairs=16]
 
 What interpret mode cannot catch, without device time. Needs the CUDA plugin (pip install -e '.[cuda]'; no driver, no GPU) and, where the
 compiler does not find ptxas, XLA_FLAGS="--xla_gpu_cuda_data_dir=DIR --xla_gpu_enable_libnvptxcompiler=false" with DIR/bin/ptxas and
@@ -47,6 +47,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("target", choices=TARGETS)
     parser.add_argument("--policy", nargs="+", default=["sketch", "paper"])
+    parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     options = parser.parse_args()
     capability, shared, known = TARGETS[options.target]
     info = gpu_info._get_gpu_info_impl(gpu_info.GpuVersion[known])
@@ -72,13 +73,13 @@ def main() -> int:
     def there(tree):
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
-    layer = there(Decoder.abstract(config, jnp.bfloat16)).layers[0]
+    layer = there(Decoder.abstract(config, options.dtype)).layers[0]
     number, stats = there(jax.ShapeDtypeStruct((), jnp.int32)), there(jax.eval_shape(Stats.zero))
-    rows, row = (there(jax.ShapeDtypeStruct(shape, jnp.bfloat16)) for shape in ((TOKENS, 2048), (2048,)))
+    rows, row = (there(jax.ShapeDtypeStruct(shape, jnp.float32)) for shape in ((TOKENS, 2048), (2048,)))
     failed = 0
     for policy, hga in ((choice.name, choice.hga) for choice in parse_choices(options.policy)):
         backend = HGAAttention(hga, config.rope)
-        state = there(jax.eval_shape(lambda b=backend: b.init_state(TOKENS + 256, 4, 128, jnp.bfloat16)))
+        state = there(jax.eval_shape(lambda b=backend: b.init_state(TOKENS + 256, 4, 128, jnp.dtype(options.dtype))))
         traced = {
             "prefill": programs.prefill_layer.trace(layer, rows, number, number, state, stats, backend=backend, segment=16384),
             "decode": programs._decode_layer.trace(layer, row, number, state, backend=backend),
