@@ -238,8 +238,8 @@ class Decoder(nnx.Module):
     def embed(self, tokens: Int[Array, " T"]) -> Float[Array, "T D"]:
         """Rows of the table, which the plan may have put into pinned host memory, in float32."""
         table = self.embedding.get_value()
-        rows = host_rows(table, tokens) if jax.typeof(table).memory_space == jax.memory.Space.Host else table[tokens]
-        return rows.astype(jnp.float32)
+        on_host = jax.typeof(table).memory_space == jax.memory.Space.Host
+        return host_rows(table, tokens, jnp.float32) if on_host else table[tokens].astype(jnp.float32)
 
     def head(self, x: Float[Array, "*T D"]) -> Float[Array, "*T V"]:
         """Final norm and output head: float32 logits."""

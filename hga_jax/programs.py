@@ -158,9 +158,10 @@ def prefill_blocks(
 ) -> Iterator[SuperBlock]:
     """Run tokens (positions first, first+1, ...) through all layers, super-block by super-block.
 
-    The states passed in are consumed; those of the last block yielded replace them. segment: tokens that go through a layer at a time
-    (None: as suits the machine). stretches: (position of the end, segment) of stretches of tokens with segments of their own, the last one
-    at the end of the tokens; the blocks yielded then hold activations of their last stretch only.
+    The states passed in are consumed; those of the last block yielded replace them. A block's activations are gone when the next is asked
+    for. segment: tokens that go through a layer at a time (None: as suits the machine). stretches: (position of the end, segment) of
+    stretches of tokens with segments of their own, the last one at the end of the tokens; the blocks yielded then hold activations of their
+    last stretch only.
     `on_layer` hears, after every layer, how many tokens' worth of work is done. `on_state` hears (layer, first position, tokens, the
     layer's state, by position what `note` said of it there: an array and the index in it), and must copy what it wants to keep: the state's
     buffers live on. `home`: for each layer, what loads and unloads its history instead of the backend, whose methods of those names it has.
@@ -190,6 +191,9 @@ def prefill_blocks(
                 on_layer(begin + (end - held) * (index + 1) / len(states))
         states = tuple(done)
         yield SuperBlock(parts[-1].x, parts[-1].count, states, stats)
+        if begin + super_block < len(tokens):
+            for part in parts:  # whoever holds the block has not let go of it yet, and the next one needs the room
+                part.x.delete()
 
 
 def _cut(first: int, end: int, stretches: Sequence[tuple[int, int | None]]) -> list[tuple[int, int, int | None]]:

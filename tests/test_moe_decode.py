@@ -115,7 +115,7 @@ def test_expert_mlp(tokens, experts, choices, size, width, fp8, interpret):
 def test_float32_between_layers_and_sixteen_bits_inside(dtype, most, interpret):
     """What is normalised has the norm's format, two roundings; the residual and the result are not rounded."""
     rng = np.random.default_rng(9)
-    x = jnp.asarray(rng.standard_normal((2, 176)) * 1e5, jnp.float32)  # more than float16 holds
+    x = jnp.asarray(rng.standard_normal((2, 176)) * 1000, jnp.float32)  # in 16 bits nothing would be left of what is added
     norm = Norm(jnp.asarray(rng.uniform(0.5, 2, 176), dtype), 1e-6)
     weight, experts = block_scaled(rng, 176, 176), [block_scaled(rng, 4, *shape) for shape in ((96, 176), (96, 176), (176, 96))]
     ids, shares = jnp.asarray([[3, 0], [1, 2]], jnp.int32), jnp.asarray(rng.uniform(0.1, 1, (2, 2)), jnp.float32)
@@ -132,8 +132,7 @@ def test_float32_between_layers_and_sixteen_bits_inside(dtype, most, interpret):
         ),
     ):
         assert out.dtype == jnp.float32
-        np.testing.assert_allclose(np.asarray(out, np.float64), expected + np.asarray(x, np.float64), rtol=1e-7, atol=8 * most)
-        assert relative(np.asarray(out, np.float64) - np.asarray(x, np.float64), expected) < most + 1e-2  # x has 24 bits, the sum too
+        assert relative(np.asarray(out, np.float64) - np.asarray(x, np.float64), expected) < most
 
 
 @pytest.mark.parametrize("interpret", MODES)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
@@ -9,14 +11,16 @@ from pallas_kernels.dispatch import Implementation, choose
 from pallas_kernels.host_rows import kernel, xla
 
 
-def host_rows(table: Float[Array, "V D"], ids: Int[Array, " T"], *, implementation: Implementation | None = None) -> Float[Array, "T D"]:
-    """table[ids], on the device, of a table in pinned host memory; ids must lie in the table.
+def host_rows(
+    table: Float[Array, "V D"], ids: Int[Array, " T"], dtype: Any = None, *, implementation: Implementation | None = None
+) -> Float[Array, "T D"]:
+    """table[ids], on the device, of a table in pinned host memory; ids must lie in the table. dtype: of the result, by default the table's.
 
     implementation None: the kernel on a CUDA GPU, plain XLA elsewhere. Raises NotImplementedError when "pallas" cannot run.
     """
     if choose("host_rows", implementation, None) == "pallas":
-        return kernel.host_rows(table, ids)
-    return xla.host_rows(table, ids)
+        return kernel.host_rows(table, ids, dtype)
+    return xla.host_rows(table, ids, dtype)
 
 
 def copy_rows(

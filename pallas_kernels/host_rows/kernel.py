@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,22 +27,22 @@ def _kernel(
     columns = pl.program_id(1) * config.columns + span(0, config.columns)
     mask = columns < width if width % config.columns else None
     value = plt.load(table_ref.at[outer(ids_ref[row], jnp.minimum(columns, width - 1))])
-    plt.store(out_ref.at[outer(row, columns)], value, mask=mask)
+    plt.store(out_ref.at[outer(row, columns)], value.astype(out_ref.dtype), mask=mask)
 
 
 def host_rows(
-    table: Float[Array, "V D"], ids: Int[Array, " T"], *, config: Config | None = None, interpret: bool = False
+    table: Float[Array, "V D"], ids: Int[Array, " T"], dtype: Any = None, *, config: Config | None = None, interpret: bool = False
 ) -> Float[Array, "T D"]:
     """See api.host_rows."""
     config = config or Config()
-    shape = (ids.shape[0], table.shape[1])
-    check_offsets(table=table, out=jax.ShapeDtypeStruct(shape, table.dtype))
+    out = jax.ShapeDtypeStruct((ids.shape[0], table.shape[1]), dtype or table.dtype)
+    check_offsets(table=table, out=out)
     return pl.pallas_call(
         partial(_kernel, config=config),
         grid=(ids.shape[0], -(-table.shape[1] // config.columns)),
         in_specs=[pl.no_block_spec] * 2,
         out_specs=pl.no_block_spec,
-        out_shape=jax.ShapeDtypeStruct(shape, table.dtype),
+        out_shape=out,
         compiler_params=plt.CompilerParams(num_warps=config.warps, num_stages=1),
         interpret=interpret,
         name="host_rows",

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
 
-def host_rows(table: Float[Array, "V D"], ids: Int[Array, " T"]) -> Float[Array, "T D"]:
+def host_rows(table: Float[Array, "V D"], ids: Int[Array, " T"], dtype: Any = None) -> Float[Array, "T D"]:
     """See api.host_rows. A table in host memory is first copied to the device, whole."""
     if jax.typeof(table).memory_space == jax.memory.Space.Host:
         table = jax.device_put(table, jax.memory.Space.Device)
-    return table[ids]
+    return table[ids].astype(dtype or table.dtype)
 
 
 def copy_rows(
