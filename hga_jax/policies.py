@@ -16,10 +16,11 @@ from hga_jax.routing import Granted, grant_each, grant_remembered, request_by_th
 from hga_jax.sketches import KeySketches, built_in_rotation, key_sketches, told_coordinates
 from hga_jax.summaries import KeySums, key_sums
 from pallas_kernels.dispatch import Implementation
+from pallas_kernels.fp8 import conversion_for
 from pallas_kernels.limits import power_of_two
 from pallas_kernels.sketch_prefill_routing import Rule, Screen, route
 from pallas_kernels.sketch_prefill_routing.keys import page_keys
-from pallas_kernels.sketch_prefill_routing.pairs import choose_dims, pair_keys
+from pallas_kernels.sketch_prefill_routing.pairs import choose_pairs, pair_keys
 from pallas_kernels.sketch_prefill_routing.sketches import sketch_pages
 from pallas_kernels.votes import never
 
@@ -195,9 +196,10 @@ def list_by_threshold(
 
         def by_pairs() -> tuple:
             pairs = config.pairs_for(pages.shape[1] * config.group_size, pages.shape[-1])
-            dims = choose_dims(energy, pages, config.unrouted // config.group_size, pairs)
+            chosen = choose_pairs(energy, pages, config.unrouted // config.group_size, pairs, ratio, scale)
+            keys = pair_keys(pages, chosen, jnp.float8_e4m3fn if conversion_for() == "cast" else jnp.float16)
             less = threshold * config.pairs_threshold_for(pairs, pages.shape[-1])
-            return tuple(route(query, pages, pair_keys(pages, dims), stamps, start, count, threshold=less, **settings))
+            return tuple(route(query, pages, keys, stamps, start, count, threshold=less, **settings))
 
         return by_sketches() if energy is None else lax.cond(jnp.any(energy > 0), by_pairs, by_sketches)
 

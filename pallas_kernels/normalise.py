@@ -20,12 +20,12 @@ class Norm(NamedTuple):
     eps: float
 
 
-LARGEST = float(jnp.finfo(jnp.float16).max)
-
-
 def narrow(x: Array, dtype: Any) -> Array:
-    """x in `dtype`. What float16 cannot hold becomes its largest number: one odd activation and not a network of NaN."""
-    return (jnp.clip(x, -LARGEST, LARGEST) if dtype == jnp.float16 else x).astype(dtype)
+    """x in `dtype`. What float16 or float8 cannot hold becomes its largest number: one odd activation and not a network of NaN."""
+    if dtype not in (jnp.float16, jnp.float8_e4m3fn):
+        return x.astype(dtype)
+    largest = float(jnp.finfo(dtype).max)
+    return jnp.clip(x, -largest, largest).astype(dtype)
 
 
 def result_dtype(x: Array, norm: Norm | None, residual: Array | None) -> Any:

@@ -42,6 +42,11 @@ def test_rows_of_a_host_table(tokens, width, interpret):
     np.testing.assert_array_equal(out, expected)
     out = jax.jit(host_rows.host_rows)(table, ids)
     np.testing.assert_array_equal(out, expected)
+    narrow = array.astype(jnp.bfloat16)
+    out = rows_kernel.host_rows(jnp.asarray(narrow) if interpret else jax.device_put(narrow, host), ids, jnp.float32, interpret=interpret)
+    assert out.dtype == jnp.float32
+    np.testing.assert_array_equal(out, narrow.astype(np.float32)[np.asarray(ids)])
+    out = jax.jit(host_rows.host_rows)(table, ids)
     assert out.sharding.memory_kind == jnp.zeros(1).sharding.memory_kind
 
 

@@ -6,13 +6,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
 from hga_jax.sketches import key_sketches, told_coordinates
 from pallas_kernels.sketch_prefill_routing import Config, Rule, Screen, Tile, route
 from pallas_kernels.sketch_prefill_routing.keys import PageKeys, page_statistics, sketched_keys
-from pallas_kernels.sketch_prefill_routing.pairs import choose_dims, pair_keys, query_energy
+from pallas_kernels.sketch_prefill_routing.pairs import Pairs, choose_pairs, pair_keys, query_energy
 from pallas_kernels.sketch_prefill_routing.reference import reference_route
 from pallas_kernels.sketch_prefill_routing.scan import asked_for
 from pallas_kernels.sketch_prefill_routing.sketches import sketch_pages, unsketch
@@ -201,7 +202,7 @@ def test_scan_by_rotary_pairs(run, first, heads, kv_heads, head_dim, pairs, vote
         stamps = np.stack([stamps, 0 * stamps, 0 * stamps])
     rule = dataclasses.replace(rule_of(head_dim), **votes._asdict())
     rules = {"rule": rule, "threshold": 0.03, "capacity": 64, **settings(run)}
-    call = jax.jit(lambda q, p, d, *rest: route(q, p, pair_keys(p, d), *rest, **rules))
+    call = jax.jit(lambda q, p, d, *rest: route(q, p, pair_keys(p, Pairs(d, jnp.full(kv_heads, 0.5))), *rest, **rules))
     packed = stamp_of(*stamps, votes.votes) if votes.votes else stamps
     lists = call(jnp.asarray(query), pages, jnp.asarray(dims), jnp.asarray(packed), jnp.int32(first), jnp.int32(count))
     expected, after, _, unopened, closest = reference_route(
@@ -216,24 +217,43 @@ def test_scan_by_rotary_pairs(run, first, heads, kv_heads, head_dim, pairs, vote
 
 
 @pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("kept", ["float8_e4m3fn", "float16"])
 @pytest.mark.parametrize("large", [1.0, 40.0])
-def test_pairs_in_sixteen_bits(run, large):
-    """Deviations' products are added up in float16: nearly the pages that float64 opens for the same bfloat16 numbers, large ones too."""
+def test_pairs_in_eight_bits(run, kept, large):
+    """Queries and deviations are rounded to e4m3 and their products added up in float16: nearly the pages that float64 opens for rounded
+    numbers, and few others than for those that are not, whatever the sizes of queries and keys.
+    """
     query, keys, _, pages = data = problem(288, 288, seed=6, dtype=jnp.bfloat16)
     query, dims = (query / large).astype(query.dtype), np.array([[0, 3, 8, 11], [2, 5, 10, 13]])
     pages, keys = pages.at[:, :, 0].multiply(large), keys * np.asarray(large, keys.dtype)
     rules = {"rule": rule_of(), "threshold": 0.03, "capacity": 72, **settings(run)}
-    call = jax.jit(lambda q, p, d, *rest: route(q, p, pair_keys(p, d), *rest, **rules))
-    lists = call(jnp.asarray(query), pages, jnp.asarray(dims), jnp.asarray(never(data)), jnp.int32(0), jnp.int32(288))
-    assert pair_keys(pages, jnp.asarray(dims)).tokens.dtype == jnp.float16
-    expected, *_ = reference_route(
-        query, keys, by_pairs(keys, dims), never(data), 0, 288, chunk_size=CHUNK, group_size=GROUP, sink_chunks=1, local_chunks=1,
-        scale=0.25, threshold=0.03, capacity=72,
-    )  # fmt: skip
-    seen = {(k, t, page) for k, rows in enumerate(listed(lists, 2, 0, 288)) for t, some in rows.items() for page in some}
-    wanted = {(k, t, page) for k, rows in enumerate(expected) for t, some in rows.items() for page in some}
-    assert len(wanted) > 1000
-    assert len(seen ^ wanted) <= 0.02 * len(wanted), (len(seen - wanted), len(wanted - seen), len(wanted))
+    pairs = Pairs(jnp.asarray(dims), jnp.full(2, 2.0 ** np.round(np.log2(large))))
+    call = jax.jit(lambda q, p, d, *rest: route(q, p, pair_keys(p, d, jnp.dtype(kept)), *rest, **rules))
+    lists = call(jnp.asarray(query), pages, pairs, jnp.asarray(never(data)), jnp.int32(0), jnp.int32(288))
+    assert pair_keys(pages, pairs, jnp.dtype(kept)).tokens.dtype == kept
+
+    def opened(lists):
+        return {(k, t, page) for k, rows in enumerate(lists) for t, some in rows.items() for page in some}
+
+    def expected(query, sketched):
+        rest = {"chunk_size": CHUNK, "group_size": GROUP, "sink_chunks": 1, "local_chunks": 1, "scale": 0.25}
+        exact = np.concatenate([np.asarray(keys, np.float64), np.zeros((*keys.shape[:2], query.shape[2] - keys.shape[2]))], axis=2)
+        return opened(reference_route(query, exact, sketched, never(data), 0, 288, **rest, threshold=0.03, capacity=72)[0])
+
+    # The rounded products stand beside those with the means, in coordinates of their own.
+    unit, wide_query, by_page = 0.25 * np.log2(np.e), np.asarray(query, np.float64), np.asarray(keys, np.float64).reshape(2, -1, GROUP, 16)
+    means = np.asarray(by_page.mean(2, keepdims=True).astype(np.float32).astype(keys.dtype), np.float64)
+    few = np.stack([wide_query[:, n, dims[n // 2]] for n in range(4)], axis=1) * unit * np.asarray(pairs.factors)[0]
+    deviations = np.stack([(by_page - means)[k][..., dims[k]] for k in range(2)]) / np.asarray(pairs.factors)[0]
+    few, deviations = (x.astype(np.float32).astype(ml_dtypes.float8_e4m3fn).astype(np.float64) for x in (few, deviations))
+    rounded = expected(
+        np.concatenate([wide_query, few / unit], axis=2),
+        np.concatenate([np.broadcast_to(means, by_page.shape), deviations], axis=3).reshape(2, 288, -1),
+    )
+    found, unrounded = opened(listed(lists, 2, 0, 288)), expected(wide_query, by_pairs(keys, dims))
+    assert len(unrounded) > 1000
+    assert len(found ^ rounded) <= 0.02 * len(rounded), (len(found - rounded), len(rounded - found), len(rounded))
+    assert len(found ^ unrounded) <= 0.1 * len(unrounded), (len(found - unrounded), len(unrounded - found), len(unrounded))
 
 
 def test_pairs_are_chosen_by_the_energies_of_the_first_queries_and_keys():
@@ -252,8 +272,13 @@ def test_pairs_are_chosen_by_the_energies_of_the_first_queries_and_keys():
     off = pages - pages.mean(2, keepdims=True)
     products = squares * (off[:, :16].reshape(2, 16, GROUP, 2, 8) ** 2).sum((1, 2, 3))
     best = np.sort(np.argsort(-products, axis=1)[:, :3], axis=1)
-    dims = choose_dims(energy, jnp.asarray(np.stack([pages, pages], axis=2), jnp.float32), 16, 3)
-    np.testing.assert_array_equal(dims, np.concatenate([best, best + 8], axis=1))
+    pairs = choose_pairs(energy, jnp.asarray(np.stack([pages, pages], axis=2), jnp.float32), 16, 3, 3, 0.25)
+    np.testing.assert_array_equal(pairs.dims, np.concatenate([best, best + 8], axis=1))
+    # With the factors queries and deviations are of one size there, but for what powers of two leave.
+    for k, dims in enumerate(np.asarray(pairs.dims)):
+        asked = np.sqrt(np.mean((query[:64, 3 * k : 3 * k + 3, dims] * 0.25 * np.log2(np.e)) ** 2)) * pairs.factors[k]
+        held = np.sqrt(np.mean(off[k, :16][..., dims] ** 2)) / pairs.factors[k]
+        assert 0.5 <= asked / held <= 2
 
 
 @pytest.mark.parametrize(("rows", "pages"), [(128, 64), (16, 32), (256, 64), (64, 16)])

@@ -25,9 +25,8 @@ from hga_jax.policies import policy_for
 from hga_jax.sketches import built_in_rotation
 from pallas_kernels.sketch_prefill_routing import Config, Rule, Tile
 from pallas_kernels.sketch_prefill_routing.api import some_rows
-from pallas_kernels.sketch_prefill_routing.kernel import LOG2E
 from pallas_kernels.sketch_prefill_routing.keys import page_keys
-from pallas_kernels.sketch_prefill_routing.pairs import choose_dims, pair_keys, pair_queries, query_energy
+from pallas_kernels.sketch_prefill_routing.pairs import choose_pairs, pair_keys, pair_queries, query_energy
 from pallas_kernels.sketch_prefill_routing.scan import mark, settle, votes
 
 SETTINGS = ("64x8x3", "64x8x4", "32x8x3", "128x8x3", "64x16x3:256")
@@ -112,8 +111,9 @@ def pairs_of(query: jax.Array, keys: jax.Array, pages: jax.Array, config: HGACon
     @jax.jit
     def make(query: jax.Array, pages: jax.Array) -> tuple[jax.Array, ...]:
         energy = query_energy(query, len(pages), jnp.int32(0), jnp.int32(len(query)), config.unrouted)
-        found = pair_keys(pages, choose_dims(energy, pages, config.unrouted // GROUP, config.scan_pairs))
-        return found.tokens, pair_queries(query, found.dims, query.shape[2] ** -0.5 * LOG2E), found.means
+        ratio, scale = query.shape[1] // len(pages), query.shape[2] ** -0.5
+        found = pair_keys(pages, choose_pairs(energy, pages, config.unrouted // GROUP, config.scan_pairs, ratio, scale))
+        return found.tokens, pair_queries(query, found, scale), found.means
 
     return make(query, pages)
 

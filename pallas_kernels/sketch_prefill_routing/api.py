@@ -93,7 +93,7 @@ def route(
     capacity = min(capacity, stamps.shape[1])
     few, votes = (), None
     if isinstance(keys, PairKeys):
-        few = pair_queries(query, keys.dims, rule.scale * kernel.LOG2E), keys.means
+        few = pair_queries(query, keys, rule.scale), keys.means
     if screen is None:
         rule, vectors, spreads = replace(rule, stride=1), keys.tokens, None
         window, mass, first = steps.scan(query, bounds, pages, keys.tokens, *few, threshold=threshold, rule=rule)

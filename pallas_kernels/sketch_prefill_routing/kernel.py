@@ -26,7 +26,7 @@ from pallas_kernels.sketch_prefill_routing.keys import PageKeys
 
 LOG2E = math.log2(math.e)
 LOWEST = -1e30  # in place of -inf where differences are taken
-JOINED = 8192  # coordinates of keys in one product of few coordinates: 256 columns of 32
+JOINED = 256, 16384  # columns, and bytes of keys, in one product of few coordinates
 
 
 def unsupported(query: Any, pages: Any, chunk_size: int, group_size: int) -> str | None:
@@ -74,9 +74,9 @@ def load_probes(
     live = inside & (index >= 0) & (index < count)
 
     def rows_of(ref: Any) -> Array:
-        dim = padded(ref.shape[2])
+        dim = padded(ref)
         at = jnp.where(live, index, 0)[:, None], (k * ratio + row % ratio)[:, None], dim[None, :]
-        return plgpu.load(ref.at[at], mask=live[:, None] & (dim < ref.shape[2])[None, :], other=0)
+        return _load(ref.at[at], live[:, None] & (dim < ref.shape[2])[None, :])
 
     few = None if few_ref is None else rows_of(few_ref)
     return Probes(
@@ -84,9 +84,14 @@ def load_probes(
     )
 
 
-def padded(head_dim: int) -> Array:
-    """Coordinates of a row of so many, up to what a matmul takes."""
-    return span(0, max(16, pl.next_power_of_2(head_dim)))
+def padded(ref: Any) -> Array:
+    """Coordinates of an array's rows, up to what a matmul takes; float8 comes padded."""
+    return span(0, max(16, pl.next_power_of_2(ref.shape[-1])))
+
+
+def _load(at: Any, mask: Array) -> Array:
+    """Zero where masked; anything in float8, where only rows and pages are masked whose scores nobody looks at."""
+    return plgpu.load(at, mask=mask) if at.dtype == jnp.float8_e4m3fn else plgpu.load(at, mask=mask, other=0)
 
 
 def exp2(x: Array, interpret: bool) -> Array:
@@ -121,9 +126,8 @@ def page_scores(
     scale = rule.scale * LOG2E
 
     def products(query: Array, ref: Any, part: Any) -> Array:
-        dim = padded(ref.shape[3])
-        vectors = plgpu.load(ref.at[outer(k, part, page, dim)], mask=present[:, None] & (dim < ref.shape[3])[None, :], other=0)
-        return product(query, vectors)
+        dim = padded(ref)
+        return product(query, _load(ref.at[outer(k, part, page, dim)], present[:, None] & (dim < ref.shape[3])[None, :]))
 
     if means_ref is not None:
         deviations = best_deviations(probes.few, keys_ref, k, page, present)
@@ -157,9 +161,10 @@ def best_deviations(few: Array, keys_ref: Any, k: Any, page: Any, present: Any) 
     With few coordinates the products are cheap and what waits for them is not: several vectors of a page go into one. Sums in float16 take
     half the registers, and the maximum half the instructions.
     """
-    parts, pages, dim = keys_ref.shape[1], page.shape[0], padded(keys_ref.shape[3])
-    kind = jnp.float16 if few.dtype == jnp.float16 else jnp.float32
-    joined = math.gcd(parts, max(1, JOINED // (pages * dim.shape[0]))) if kind == jnp.float16 else 1
+    parts, pages, dim = keys_ref.shape[1], page.shape[0], padded(keys_ref)
+    kind = jnp.float32 if few.dtype == jnp.float32 else jnp.float16
+    columns = min(JOINED[0], JOINED[1] // (dim.shape[0] * few.dtype.itemsize))
+    joined = math.gcd(parts, max(1, columns // pages)) if kind == jnp.float16 else 1
 
     def each(x: Array) -> Array:
         return jnp.broadcast_to(x, (joined, pages)).reshape(joined * pages)
@@ -168,8 +173,7 @@ def best_deviations(few: Array, keys_ref: Any, k: Any, page: Any, present: Any) 
 
     def look(j: Any, best: Array) -> Array:
         at = jnp.broadcast_to(k, (1, 1)), (j * joined + part)[:, None], slot[:, None], dim[None, :]
-        vectors = plgpu.load(keys_ref.at[at], mask=held[:, None] & (dim < keys_ref.shape[3])[None, :], other=0)
-        some = product(few, vectors, kind)
+        some = product(few, _load(keys_ref.at[at], held[:, None] & (dim < keys_ref.shape[3])[None, :]), kind)
         return jnp.maximum(best, jnp.max(some.reshape(-1, joined, pages), axis=1) if joined > 1 else some)
 
     lowest = jnp.full((few.shape[0], pages), -jnp.inf, kind)

@@ -41,7 +41,8 @@ def _page_scores(
 ) -> Float[Array, "K r n"]:
     """few: the rows' coordinates that keys have, scaled for powers of two; then means hold the rest."""
     if few is not None:
-        return _products(few, keys).max(2) * math.log(2) + _products(rows, means) * rule.scale
+        wide = few.astype(jnp.float32), keys.astype(jnp.float32)
+        return _products(*wide).max(2) * math.log(2) + _products(rows, means) * rule.scale
     best = _products(rows, keys).max(2)
     if spreads is not None:
         norm = jnp.sqrt(jnp.sum(rows.astype(jnp.float32) ** 2, axis=-1))
