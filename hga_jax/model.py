@@ -94,8 +94,8 @@ class RMSNorm(nnx.Module):
         """For a product that normalises its input itself."""
         return Norm(self.weight.get_value(), self.eps)
 
-    def __call__(self, x: Float[Array, "*T D"]) -> Float[Array, "*T D"]:
-        return rms_norm(x, self.norm)
+    def __call__(self, x: Float[Array, "*T D"], dtype: Any = None) -> Float[Array, "*T D"]:
+        return rms_norm(x, self.norm, dtype)
 
 
 class Linear(nnx.Module):
@@ -103,9 +103,11 @@ class Linear(nnx.Module):
         self.weight = make.weight(name, outputs, inputs)
         self.bias = make.bias(outputs, bias)
 
-    def __call__(self, x: Float[Array, "*T in"], residual: Float[Array, "*T out"] | None = None) -> Float[Array, "*T out"]:
-        """The product, plus `residual` if given."""
-        out = matmul(x, self.weight.get_value(), residual=residual)
+    def __call__(
+        self, x: Float[Array, "*T in"], residual: Float[Array, "*T out"] | None = None, dtype: Any = None
+    ) -> Float[Array, "*T out"]:
+        """The product, plus `residual` if given, in `dtype`, or the residual's, or x's."""
+        out = matmul(x, self.weight.get_value(), residual=residual, out_dtype=dtype)
         return out if self.bias is None else out + self.bias.get_value()
 
 
@@ -126,23 +128,24 @@ class Attention(nnx.Module):
     def project(
         self, x: Float[Array, "T D"], norm: RMSNorm, positions: Int[Array, " T"]
     ) -> tuple[Float[Array, "T N H"], Float[Array, "T K H"], Float[Array, "T K H"]]:
-        """Queries and keys of the normalised x rotated to their positions, and values."""
-        config = self.config
+        """Queries and keys of the normalised x rotated to their positions, and values; rounded once, in the end."""
+        config, wide = self.config, jnp.float32
         if x.shape[0] <= MAX_ROWS:  # decode: few launches
             linears = (self.q, self.k, self.v)
-            joined = joined_matmul(x, [linear.weight.get_value() for linear in linears], norm=norm.norm)
+            joined = joined_matmul(x, [linear.weight.get_value() for linear in linears], norm=norm.norm, out_dtype=wide)
             if self.q.bias is not None:
                 joined = joined + jnp.concatenate([linear.bias.get_value() for linear in linears])
             q_norm, k_norm = (None if head is None else head.norm for head in (self.q_norm, self.k_norm))
             cos, sin = angles(positions, config.rope, config.head_dim)
-            return rotate_heads(joined, cos, sin, heads=config.heads, kv_heads=config.kv_heads, q_norm=q_norm, k_norm=k_norm)
+            norms, dtype = {"q_norm": q_norm, "k_norm": k_norm}, norm.norm.weight.dtype
+            return rotate_heads(joined, cos, sin, heads=config.heads, kv_heads=config.kv_heads, **norms, dtype=dtype)
         x = norm(x)
-        q = self.q(x).reshape(-1, config.heads, config.head_dim)
-        k = self.k(x).reshape(-1, config.kv_heads, config.head_dim)
+        q = self.q(x, dtype=wide).reshape(-1, config.heads, config.head_dim)
+        k = self.k(x, dtype=wide).reshape(-1, config.kv_heads, config.head_dim)
         v = self.v(x).reshape(-1, config.kv_heads, config.head_dim)
         if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        return rotate(q, positions, config.rope), rotate(k, positions, config.rope), v
+            q, k = self.q_norm(q, wide), self.k_norm(k, wide)
+        return rotate(q, positions, config.rope, x.dtype), rotate(k, positions, config.rope, x.dtype), v
 
     def prefill(
         self, x: Float[Array, "T D"], norm: RMSNorm, first: Int[Array, ""], count: Int[Array, ""], state: Any, backend: AttentionBackend

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -54,11 +55,11 @@ def angles(positions: Int[Array, " T"], rope: RopeConfig, head_dim: int) -> tupl
     return jnp.cos(angle) * factor, jnp.sin(angle) * factor
 
 
-def rotate(x: Float[Array, "*B T N H"], positions: Int[Array, " T"], rope: RopeConfig) -> Float[Array, "*B T N H"]:
-    """Rotate queries or keys to their positions. Angles and the product are float32; the result has x's dtype."""
+def rotate(x: Float[Array, "*B T N H"], positions: Int[Array, " T"], rope: RopeConfig, dtype: Any = None) -> Float[Array, "*B T N H"]:
+    """Rotate queries or keys to their positions. Angles and the product are float32; the result has `dtype`, by default x's."""
     cos, sin = (part[:, None, :] for part in angles(positions, rope, x.shape[-1]))
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(dtype or x.dtype)
 
 
 def resolve_rope(config: ModelConfig, tokens: int, request: str) -> tuple[RopeConfig, str]:

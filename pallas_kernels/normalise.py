@@ -33,11 +33,11 @@ def result_dtype(x: Array, norm: Norm | None, residual: Array | None) -> Any:
     return residual.dtype if residual is not None else norm.weight.dtype if norm is not None else x.dtype
 
 
-def rms_norm(x: Float[Array, "*T D"], norm: Norm) -> Float[Array, "*T D"]:
-    """Normalised in float32 and scaled in the weight's dtype, as the checkpoints were trained."""
+def rms_norm(x: Float[Array, "*T D"], norm: Norm, dtype: Any = None) -> Float[Array, "*T D"]:
+    """Normalised in float32 and scaled in `dtype`, by default the weight's, as the checkpoints were trained."""
     wide = x.astype(jnp.float32)
     normal = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + norm.eps)
-    return norm.weight * normal.astype(norm.weight.dtype)
+    return norm.weight * normal.astype(dtype or norm.weight.dtype)
 
 
 def inverse_rms(x_ref: Any, row: Any, size: int, eps: float) -> Float[Array, ""]:

@@ -16,7 +16,7 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float
 
 from pallas_kernels.indexing import outer, span
-from pallas_kernels.normalise import Norm
+from pallas_kernels.normalise import Norm, narrow
 
 MAX_TOKENS = 8
 
@@ -52,7 +52,7 @@ def _kernel(
 
     def store(ref: Any, index: Any, values: list[Array]) -> None:
         for offset, value in zip((0, half), values, strict=True):
-            plt.store(ref.at[outer(token, index, jnp.where(inside, offset + lane, head_dim))], value.astype(ref.dtype), mask=mask)
+            plt.store(ref.at[outer(token, index, jnp.where(inside, offset + lane, head_dim))], narrow(value, ref.dtype), mask=mask)
 
     def turned(weight_ref: Any, eps: float | None) -> list[Array]:
         a, b = first.astype(jnp.float32), second.astype(jnp.float32)
@@ -85,6 +85,7 @@ def rotate_heads(
     k_norm: Norm | None,
     heads: int,
     kv_heads: int,
+    dtype: Any,
     *,
     interpret: bool = False,
 ) -> tuple[Float[Array, "T N H"], Float[Array, "T K H"], Float[Array, "T K H"]]:
@@ -95,7 +96,7 @@ def rotate_heads(
     norms = [norm for norm in (q_norm, k_norm) if norm is not None]
     operands = [joined, cos, sin, *(norm.weight for norm in norms)]
     q_eps, k_eps = (None if norm is None else norm.eps for norm in (q_norm, k_norm))
-    shapes = [jax.ShapeDtypeStruct((tokens, count, head_dim), joined.dtype) for count in (heads, kv_heads, kv_heads)]
+    shapes = [jax.ShapeDtypeStruct((tokens, count, head_dim), dtype) for count in (heads, kv_heads, kv_heads)]
     return tuple(
         pl.pallas_call(
             partial(_kernel, head_dim=head_dim, q_eps=q_eps, k_eps=k_eps),
