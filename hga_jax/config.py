@@ -17,11 +17,11 @@ SUMMARIES = ("mixed_rope", "mean")
 QUALITY = {"fast": 0.008 / 3, "balanced": 0.001, "best": 0.001 / 3}
 # Where votes keep pages open, thresholds this much higher open about as many (eval/README.md).
 VOTES_THRESHOLD = 1.7
-# Tokens of history room up to which prefill scans whole sketches; beyond, scanning a quarter of the rotary pairs saves more than half: 21.9
-# ms a layer in place of 47.9 at 65,536 tokens.
+# Tokens of history room up to which prefill scans whole sketches; beyond, scanning a quarter of the rotary pairs saves more than half: 18.3
+# ms a layer in place of some 45 at 65,536 tokens.
 PAIRS_FROM = 16384
-# Tokens below which cuDNN's dense attention is about as fast on an H100, and exact: 3.5 ms a layer at 16,384 (routing and routed attention
-# 3.1), 7.6 at 24,576 (5.0), 13.3 at 32,768 (7.5), 32 heads of 128.
+# Tokens below which cuDNN's dense attention is about as fast on an H100, and exact: 3.9 ms a layer at 16,384 (routing and routed attention
+# 3.0), 14.9 at 32,768 (7.0), 32 heads of 128.
 DENSE_BELOW = 16384
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
 
