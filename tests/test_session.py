@@ -165,34 +165,52 @@ def test_history_in_host_memory_is_brought_back(model, tmp_path, policy):
         assert_same_states(session._states, states)
 
 
-def test_scan_by_pairs_goes_on_by_sketches(model, tmp_path):
-    """Stored histories keep no queries, from whose energies the pairs were chosen."""
-    options = {"ctx": CTX, "hga": HGAConfig(**vars(HGA) | {"scan_pairs": 2})}
-    with model.session(tmp_path / "a", **options) as session:
-        turn(session, 1, 121)
-        before = [np.asarray(state.history.pages[:, :30]) for state in session._states]
-        assert all(np.any(state.energy) for state in session._states)
-    with model.session(tmp_path / "a", **options) as session:
-        assert len(turn(session, 2)) == 10
-        for state, pages in zip(session._states, before, strict=True):
-            assert not np.any(state.energy)
-            np.testing.assert_array_equal(state.history.pages[:, :30], pages)
+@pytest.mark.parametrize("tier", ["device", "disk"])
+@pytest.mark.parametrize("rule", [HGA, VOTES], ids=["requests", "votes"])
+def test_scan_by_pairs_goes_on_as_if_never_closed(model, tmp_path, rule, tier):
+    """The energies that the pairs are chosen by are stored with every reuse point; bit for bit."""
+    options = {"ctx": CTX, "hga": HGAConfig(**vars(rule) | {"scan_pairs": 2})} | (
+        {"kv_store": str(tmp_path / "kv")} if tier == "disk" else {}
+    )
+    with model.session(tmp_path / "kept", **options) as session:
+        first, second = turn(session, 1, 121), turn(session, 2, 70)
+        after = what_matters(session._states)
+        assert all(np.any(state.energy) for state in after)
+    options |= {"kv_store": str(tmp_path / "other_kv")} if tier == "disk" else {}
+    with model.session(tmp_path / "other" / "closed", **options) as session:
+        assert turn(session, 1, 121) == first
+    with model.session(tmp_path / "other" / "closed", **options) as session:
+        assert turn(session, 2, 70) == second
+        found = what_matters(session._states)
+        if tier == "disk":  # summaries of chunks that are still open are written at other times there
+            after, found = ([(state.stamps, state.energy) for state in states] for states in (after, found))
+        assert_same_states(found, after)
     with pytest.raises(ValueError, match=r"attention scan_pairs 2 \(now auto\)"):
-        model.session(tmp_path / "a", ctx=CTX, hga=HGA)
+        model.session(tmp_path / "kept", ctx=CTX, hga=rule)
 
 
-def test_sessions_go_by_sketches_where_those_are_stored(model, tmp_path, monkeypatch):
+def test_sessions_begun_before_energies_were_stored_go_by_sketches(model, tmp_path, monkeypatch):
     """With room for which prefill elsewhere chooses rotary pairs: a reopened session has all that an open one goes by."""
     monkeypatch.setattr("hga_jax.config.PAIRS_FROM", CTX - 1)
     assert model.backend("hga", HGA).config.pairs_for(CTX, 32) > 0
+    with monkeypatch.context() as before:
+        for place in ("identity", "state_format"):
+            before.setattr(f"hga_jax.session.{place}.has_energies", lambda config: False)
+        with model.session(tmp_path / "a", ctx=CTX, hga=HGA) as session:
+            first = turn(session, 1, 121)
+            assert "energies" not in session.identity["attention"]
+    with model.session(tmp_path / "b", ctx=CTX, hga=HGA) as session:  # begun today
+        assert turn(session, 1, 121) == first  # on a CPU by sketches in any case
+        assert session._placed.config.scan_pairs == "auto"
+        assert all(np.any(state.energy) for state in session._states)
     with model.session(tmp_path / "a", ctx=CTX, hga=HGA) as session:
-        turn(session, 1, 121)
+        turn(session, 2)
         assert (session._placed.config.scan_pairs, session.backend.config) == (0, HGA)
         assert all(state.energy is None for state in session._states)
         monkeypatch.setattr("hga_jax.session.conversation.SKETCHES_UP_TO", CTX - 1)
-    with model.session(tmp_path / "a", ctx=CTX, hga=HGA) as session:  # the same session
-        turn(session, 2)
-        assert all(state.energy is not None for state in session._states)
+    with model.session(tmp_path / "a", ctx=CTX, hga=HGA) as session:
+        turn(session, 3)
+        assert not any(np.any(state.energy) for state in session._states)
 
 
 def test_settings_younger_than_a_session_are_as_it_was_begun(model, tmp_path):

@@ -36,8 +36,8 @@ from hga_jax.text.chat import render_chat
 if TYPE_CHECKING:
     from hga_jax.language_model import LanguageModel
 
-# Tokens of room up to which prefill finds pages by sketches, unless told otherwise. Those are stored; the energies from which rotary pairs
-# are chosen are not, and a reopened session would route its next prompts otherwise than one that was never closed. Beyond, pairs save more.
+# Tokens of room up to which prefill finds pages by sketches, unless told otherwise, in sessions begun when the energies from which rotary
+# pairs are chosen were not stored: reopened, they would route their next prompts otherwise than one that was never closed.
 SKETCHES_UP_TO = 65536
 GROWTH = 4096  # tokens: a session without ctx makes room in steps of this, so that few programs are compiled
 
@@ -100,13 +100,14 @@ class Session:
         if stored is not None and attention == "hga":
             hga = as_begun(stored.identity, hga or HGAConfig())
         self.model, self.backend = model, model.backend(attention, hga)
-        self.identity = describe(model, self.backend)
+        energies = stored is None or "energies" in stored.identity["attention"]
+        self.identity = describe(model, self.backend, energies)
         if stored is not None and (differs := differences(stored.identity, self.identity)):
             raise ValueError(f"session {self.folder} belongs to another model or other settings: {'; '.join(differs[:6])}")
         now = datetime.now(UTC).isoformat(timespec="seconds")
         empty = np.zeros(0, np.int32)
         self.manifest = stored or Manifest(model.name, self.identity, root_id(self.identity), (), empty, (), (), 0, now, now)
-        self.form = StateFormat.of(self.backend, model.config, model.dtype)
+        self.form = StateFormat.of(self.backend, model.config, model.dtype, energies)
         self.blocks = BlockStore(self.store_path)
         shutil.rmtree(self.folder / STAGING, ignore_errors=True)  # what a killed process left
 
@@ -246,7 +247,7 @@ class Session:
         model = self.model
         self._placed, plan = place_history(
             model.config,
-            _by_sketches(self.backend, ctx),
+            _as_stored(self.backend, self.form, ctx),
             ctx,
             model.dtype,
             self.kv_store,
@@ -336,8 +337,9 @@ class Session:
             self.on_notice(f"session {self.folder} cannot be written ({reason}): going on in memory; what was stored before stays valid")
 
 
-def _by_sketches(backend: AttentionBackend, ctx: int) -> AttentionBackend:
-    """The backend that goes on after reopening as it would have without; beyond SKETCHES_UP_TO tokens as it is."""
-    if not isinstance(backend, HGAAttention) or backend.config.scan_pairs != "auto" or ctx > SKETCHES_UP_TO:
+def _as_stored(backend: AttentionBackend, form: StateFormat, ctx: int) -> AttentionBackend:
+    """The backend that goes on after reopening as it would have without; in old sessions of more than SKETCHES_UP_TO tokens as it is."""
+    known = form.note is None or form.note.energies
+    if known or not isinstance(backend, HGAAttention) or backend.config.scan_pairs != "auto" or ctx > SKETCHES_UP_TO:
         return backend
     return replace(backend, config=replace(backend.config, scan_pairs=0))

@@ -16,11 +16,13 @@ from hga_jax.attention import HGAAttention
 from hga_jax.backend import AttentionBackend, DenseAttention
 from hga_jax.config import HGAConfig
 from hga_jax.model import Decoder, weight_leaves
+from hga_jax.session.state_format import has_energies
 from hga_jax.sketches import ROTATION_VERSION
 
 # Settings younger than the format, with what was done before them: left out where they say that, so that histories stored before stay good.
 LATER_SETTINGS = {"scan_pairs": 0, "pairs_threshold": 0.0, "votes": 0, "sketch_pairs": 0}
 STAMPS_VERSION = 2  # how many votes a page has, counted up to votes.ENOUGH
+ENERGIES_VERSION = 1  # stored with every reuse point: what prefill chooses rotary pairs by
 SAMPLES = 1024  # values of each weight that its fingerprint covers, evenly spread: other weights differ nearly everywhere
 
 
@@ -49,13 +51,18 @@ def weights_fingerprint(decoder: Decoder) -> str:
     return digest.hexdigest()[:32]
 
 
-def describe(model: Any, backend: AttentionBackend) -> dict[str, Any]:
-    """The identity of a LanguageModel's K/V under an attention backend, as JSON values. Raises ValueError for an unknown one."""
+def describe(model: Any, backend: AttentionBackend, energies: bool = True) -> dict[str, Any]:
+    """The identity of a LanguageModel's K/V under an attention backend, as JSON values. Raises ValueError for an unknown one.
+
+    energies: whether they are stored where there are such.
+    """
     from convert.checkpoint import config_to_json
 
     if isinstance(backend, HGAAttention):
         attention = {"kind": "hga", "rotation": ROTATION_VERSION} | asdict(backend.config)
         attention = {name: value for name, value in attention.items() if LATER_SETTINGS.get(name, ...) != value}
+        if energies and has_energies(backend.config):
+            attention["energies"] = ENERGIES_VERSION
         if backend.config.counts_votes:
             attention["stamps"] = STAMPS_VERSION
         else:

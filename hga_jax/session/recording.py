@@ -84,7 +84,7 @@ class _Block:
         if REQUESTS in specs:
             self.writer.create(REQUESTS, specs[REQUESTS])
             pages = self.form.pages(self.end)
-            stacked = [np.stack([pack(np.asarray(held)[i], pages) for held, i in notes[position]]) for position in points]
+            stacked = [np.stack([pack(np.asarray(held)[i], pages, self.form.note) for held, i in notes[position]]) for position in points]
             self.writer.write(REQUESTS, np.stack(stacked, axis=1))
         return self.writer.finish(points)
 

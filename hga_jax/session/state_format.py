@@ -37,26 +37,50 @@ class RequestNote:
     """What prefill notes after every segment: 2 for pages requested in the chunk that comes next, 1 in the one before, else 0.
 
     Where votes count: by how much a page's stamp passes the least that can matter to the chunk that comes next, plus 1; else 0.
+    Before the pages come the bytes of the state's energies, of which there are so many a kv head.
     """
 
     chunk_size: int
     votes: int = 0
+    energies: int = 0
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(np.uint16 if self.votes else np.uint8)
+
+    @property
+    def front(self) -> int:
+        """Numbers before those of the pages."""
+        return 4 * self.energies // self.dtype.itemsize
 
     def oldest(self, length: Any) -> Any:
         """The least stamp that matters to queries from token `length` on."""
         return votes.oldest_open(length // self.chunk_size, self.votes)
 
-    def __call__(self, state: LayerState) -> UInt[Array, "K P"]:
-        lately = jnp.maximum(state.stamps - self.oldest(state.length) + 1, 0)
-        return lately.astype(jnp.uint16 if self.votes else jnp.uint8)
+    def __call__(self, state: LayerState) -> UInt[Array, "K n"]:
+        lately = jnp.maximum(state.stamps - self.oldest(state.length) + 1, 0).astype(self.dtype)
+        if not self.energies:
+            return lately
+        energy = jnp.zeros((len(lately), self.energies)) if state.energy is None else state.energy
+        words = lax.bitcast_convert_type(energy.astype(jnp.float32), self.dtype)
+        return jnp.concatenate([words.reshape(len(lately), -1), lately], axis=1)
 
-    def stamps(self, notes: UInt[np.ndarray, "*n"], length: int) -> Int[np.ndarray, "*n"]:
+    def stamps(self, notes: UInt[np.ndarray, "K n"] | None, shape: tuple[int, ...], length: int) -> Int[np.ndarray, "K P"]:
         """The stamps that make these notes, others never requested."""
-        lately = notes.astype(np.int32)
+        lately = np.zeros(shape, np.int32)
+        if notes is not None:
+            of_pages = notes[:, self.front :][:, : shape[1]]
+            lately[:, : of_pages.shape[1]] = of_pages
         return np.where(lately > 0, lately - 1 + self.oldest(length), votes.never(self.votes))
 
+    def energy(self, notes: UInt[np.ndarray, "K n"] | None, shape: tuple[int, ...]) -> Float[np.ndarray, "K half"]:
+        """The energies in these notes, or zeros."""
+        if notes is None or not self.energies:
+            return np.zeros(shape, np.float32)
+        return np.ascontiguousarray(notes[:, : self.front]).view(np.float32)
+
     def packed_bytes(self, pages: int) -> int:
-        return 2 * pages if self.votes else -(-pages // 4)
+        return 4 * self.energies + (2 * pages if self.votes else -(-pages // 4))
 
 
 @dataclass(frozen=True)
@@ -78,14 +102,18 @@ class StateFormat:
     hga: HGAConfig | None
 
     @staticmethod
-    def of(backend: AttentionBackend, config: ModelConfig, dtype: Any) -> StateFormat:
+    def of(backend: AttentionBackend, config: ModelConfig, dtype: Any, energies: bool = True) -> StateFormat:
+        """energies: whether notes have them, where there are such; not those of sessions begun before."""
         hga = isinstance(backend, HGAAttention)
         chunk = backend.config.chunk_size if hga else DENSE_CHUNK
         group = backend.config.group_size if hga else backend.page_size
         state = jax.eval_shape(lambda: backend.init_state(chunk, config.kv_heads, config.head_dim, dtype))
         leaves = jax.tree.leaves(state.summaries) if hga else []
         summaries = tuple((leaf.shape[1], leaf.shape[2:], jnp.dtype(leaf.dtype).name) for leaf in leaves)
-        note = RequestNote(chunk, votes=backend.config.counts_votes) if hga and state.stamps is not None else None
+        note = None
+        if hga and state.stamps is not None:
+            half = config.head_dim // 2 if energies and has_energies(backend.config) else 0
+            note = RequestNote(chunk, votes=backend.config.counts_votes, energies=half)
         settings = backend.config if hga else None
         return StateFormat(
             config.layers, config.kv_heads, config.head_dim, jnp.dtype(dtype).name, group, chunk, summaries, note, settings
@@ -126,6 +154,11 @@ class StateFormat:
             held = (self.layers, points, self.kv_heads, self.note.packed_bytes(self.pages(end)))
             specs[REQUESTS] = ArraySpec(held, "uint8", (self.layers, 1, *held[2:]))
         return specs
+
+
+def has_energies(config: HGAConfig) -> bool:
+    """Whether prefill may choose rotary pairs, by energies that a stored history must have for that."""
+    return config.policy == "sketch" and config.screening == "off" and config.scan_pairs != 0
 
 
 def history_of(state: Any) -> Any:
@@ -171,26 +204,27 @@ def take_summaries(form: StateFormat, state: Any, first: int, blocks: int = 1) -
     return _summaries(state.summaries, jnp.int32(first // form.chunk_size), chunks=chunks, per_chunk=per_chunk)
 
 
-def pack(notes: UInt[np.ndarray, "*n P"], pages: int) -> UInt8[np.ndarray, "*n B"]:
+def pack(notes: UInt[np.ndarray, "*n P"], pages: int, note: RequestNote) -> UInt8[np.ndarray, "*n B"]:
     """Notes of the first `pages` pages; pages that the notes do not reach are zero.
 
-    Of requests four a byte, the first in the lowest bits; of votes two bytes each, the lower first.
+    Energies as they are. Of requests four a byte, the first in the lowest bits; of votes two bytes each, the lower first.
     """
-    wide = notes.dtype == np.uint16
-    size = pages if wide else -(-pages // 4) * 4
-    notes = notes[..., :pages]
+    front, notes = notes[..., : note.front], notes[..., note.front :][..., :pages]
+    size = pages if note.votes else -(-pages // 4) * 4
     notes = np.pad(notes, ((0, 0),) * (notes.ndim - 1) + ((0, size - notes.shape[-1]),))
-    if wide:
-        return notes.astype("<u2").view(np.uint8)
+    if note.votes:
+        return np.concatenate([front, notes], axis=-1).astype("<u2").view(np.uint8)
     four = notes.reshape(*notes.shape[:-1], -1, 4)
-    return four[..., 0] | four[..., 1] << 2 | four[..., 2] << 4 | four[..., 3] << 6
+    return np.concatenate([front, four[..., 0] | four[..., 1] << 2 | four[..., 2] << 4 | four[..., 3] << 6], axis=-1)
 
 
 def unpack(packed: UInt8[np.ndarray, "*n B"], note: RequestNote) -> UInt[np.ndarray, "*n P"]:
     """The inverse of `pack`, with up to three pages more at the end."""
     if note.votes:
         return np.ascontiguousarray(packed).view("<u2").astype(np.uint16)
-    return np.stack([packed >> shift & 3 for shift in (0, 2, 4, 6)], axis=-1).reshape(*packed.shape[:-1], -1)
+    front, packed = packed[..., : note.front], packed[..., note.front :]
+    pages = np.stack([packed >> shift & 3 for shift in (0, 2, 4, 6)], axis=-1).reshape(*packed.shape[:-1], -1)
+    return np.concatenate([front, pages], axis=-1)
 
 
 class Blank:
@@ -224,10 +258,9 @@ class Blank:
         filled = [jnp.array(data, leaf.dtype) for data, leaf in zip(summaries, leaves, strict=True)]
         if self.on_host:
             filled = [put_on_host(part) for part in filled]
-        stamps = None if self.shapes.stamps is None else _stamps(self.form, self.shapes.stamps.shape, length, notes)
-        marks, energy = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (self.shapes.marks, self.shapes.energy))
+        marks = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.shapes.marks)
         filled = jax.tree.unflatten(tree, filled)
-        return replace(self.shapes, history=history, summaries=filled, stamps=stamps, marks=marks, energy=energy)
+        return replace(self.shapes, history=history, summaries=filled, marks=marks, **_noted(self.form, self.shapes, length, notes))
 
 
 @partial(jax.jit, static_argnames="config")
@@ -236,16 +269,13 @@ def _places(length: Int[Array, ""], *, config: HGAConfig) -> Int[Array, " W"]:
 
 
 def with_memory(form: StateFormat, state: Any, length: int, summaries: list[np.ndarray], notes: UInt[np.ndarray, "K P"] | None) -> Any:
-    """The state with these summaries, and the requests that matter to queries from token `length` on."""
+    """The state with these summaries, the requests that matter to queries from token `length` on, and energies."""
     leaves, tree = jax.tree.flatten(state.summaries)
     filled = jax.tree.unflatten(tree, [jnp.array(data, leaf.dtype) for data, leaf in zip(summaries, leaves, strict=True)])
-    stamps = None if state.stamps is None else _stamps(form, state.stamps.shape, length, notes)
-    return replace(state, summaries=filled, stamps=stamps)
+    return replace(state, summaries=filled, **_noted(form, state, length, notes))
 
 
-def _stamps(form: StateFormat, shape: tuple[int, ...], length: int, notes: np.ndarray | None) -> Array:
-    known = np.zeros(shape, np.uint16)
-    if notes is not None:
-        count = min(notes.shape[1], shape[1])
-        known[:, :count] = notes[:, :count]
-    return jnp.array(form.note.stamps(known, length), jnp.int32)
+def _noted(form: StateFormat, state: LayerState, length: int, notes: np.ndarray | None) -> dict[str, Array | None]:
+    """What notes say of a state of these shapes."""
+    stamps = None if state.stamps is None else jnp.array(form.note.stamps(notes, state.stamps.shape, length), jnp.int32)
+    return {"stamps": stamps, "energy": None if state.energy is None else jnp.array(form.note.energy(notes, state.energy.shape))}
