@@ -59,9 +59,9 @@ class HGAConfig:
     scan_pairs: sketch policy, 0 or in how many rotary pairs prefill scans tokens, in place of sketches: a page counts as its mean key and,
     in those pairs alone, the largest of its tokens' deviations from that. For each kv head they are the pairs in which the first queries
     and keys of the sequence, those that have nothing to route, have the largest products of energies; where none of those queries was seen
-    (a history that was begun by other means than prefill) prefill goes by sketches. Decode does always, so that where a prompt
-    ends changes which pages are open to the tokens behind. "auto": on an NVIDIA GPU, in histories with room for more than PAIRS_FROM
-    tokens, a quarter of the pairs, which costs half the time; what it costs in loss: eval/README.md.
+    (a history begun by other means than prefill) prefill goes by sketches. Decode does always, so that where a prompt ends changes which
+    pages are open to the tokens behind. "auto": on an NVIDIA GPU, in histories with room for more than PAIRS_FROM tokens, a quarter of the
+    pairs, which costs half the time; what it costs in loss: eval/README.md.
     pairs_threshold: factor on the threshold then, for scores are lower without the other pairs; 0: the one with which about as many tokens
     are opened as by sketches.
     dense_below: a prompt's first call of at most so many tokens attends to everything, which is faster there as well as exact; "auto": up

@@ -169,9 +169,8 @@ def test_history_in_host_memory_is_brought_back(model, tmp_path, policy):
 @pytest.mark.parametrize("rule", [HGA, VOTES], ids=["requests", "votes"])
 def test_scan_by_pairs_goes_on_as_if_never_closed(model, tmp_path, rule, tier):
     """The energies that the pairs are chosen by are stored with every reuse point; bit for bit."""
-    options = {"ctx": CTX, "hga": HGAConfig(**vars(rule) | {"scan_pairs": 2})} | (
-        {"kv_store": str(tmp_path / "kv")} if tier == "disk" else {}
-    )
+    options = {"ctx": CTX, "hga": HGAConfig(**vars(rule) | {"scan_pairs": 2})}
+    options |= {"kv_store": str(tmp_path / "kv")} if tier == "disk" else {}
     with model.session(tmp_path / "kept", **options) as session:
         first, second = turn(session, 1, 121), turn(session, 2, 70)
         after = what_matters(session._states)
