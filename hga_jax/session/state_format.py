@@ -1,7 +1,8 @@
 """A layer's state taken apart into stretches of plain arrays, and put together again: all that storage knows about attention.
 
 Pages and summaries of a stretch of tokens never change once its chunks are closed. Of the remembered requests only those of the last two
-chunks matter to the queries that follow, so that a *reuse point* is described by two bits a page, or two bytes where votes count.
+chunks matter to the queries that follow, so that a *reuse point* is described by two bits a page, or two bytes where votes count, and by
+the energies of the first queries, where prefill chooses rotary pairs by them.
 """
 
 from __future__ import annotations
