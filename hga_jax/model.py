@@ -18,11 +18,11 @@ from jaxtyping import Array, Float, Int
 from hga_jax.backend import AttentionBackend, Stats
 from hga_jax.config import ModelConfig
 from hga_jax.moe import expert_mlp
-from hga_jax.quantized import MAX_ROWS, AbstractWeight, BlockScaled, joined_matmul, matmul
+from hga_jax.quantized import MAX_ROWS, AbstractWeight, BlockScaled, gated, joined_matmul, matmul
 from hga_jax.rope import angles, rotate
 from pallas_kernels.host_rows import host_rows
 from pallas_kernels.moe_routing import moe_routing
-from pallas_kernels.normalise import Norm, narrow, rms_norm
+from pallas_kernels.normalise import Norm, rms_norm
 from pallas_kernels.rotate_heads import rotate_heads
 
 
@@ -174,8 +174,7 @@ class MLP(nnx.Module):
     def __call__(self, x: Float[Array, "T D"], norm: RMSNorm) -> Float[Array, "T D"]:
         """x plus the MLP of the normalised x."""
         inner = norm(x)
-        wide = jax.nn.silu(self.gate(inner).astype(jnp.float32)) * self.up(inner)
-        return self.down(narrow(wide, inner.dtype), x)
+        return self.down(gated(self.gate(inner), self.up(inner)), x)
 
 
 class MoE(nnx.Module):

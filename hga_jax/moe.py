@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from hga_jax.quantized import BlockScaled, Weight, matmul, unusual_block
+from hga_jax.quantized import BlockScaled, Weight, gated, matmul, unusual_block
 from pallas_kernels import moe_decode, moe_prefill
 from pallas_kernels.dispatch import Implementation, choose
-from pallas_kernels.normalise import Norm, result_dtype, rms_norm
+from pallas_kernels.normalise import Norm, narrow, result_dtype, rms_norm
 
 BLOCK_ROWS = 32  # rows of one expert multiplied at a time in prefill; each expert wastes half of one on average
 
@@ -51,7 +50,7 @@ def expert_mlp(
     else:
         run = partial(_expert_mlp_xla, gate=gate, up=up, down=down)
     out = run(x if norm is None else rms_norm(x, norm), ids, weights)
-    return (out if residual is None else residual + out).astype(result_dtype(x, norm, residual))
+    return narrow(out if residual is None else residual + out, result_dtype(x, norm, residual))
 
 
 def _expert_mlp_xla(
@@ -92,5 +91,5 @@ def _owners(tokens: int, choices: int) -> Int[Array, " pairs"]:
 
 
 def _mlp(x: Float[Array, "T D"], gate: Weight, up: Weight, down: Weight) -> Float[Array, "T D"]:
-    hidden = jax.nn.silu(matmul(x, gate, implementation="xla")) * matmul(x, up, implementation="xla")
+    hidden = gated(matmul(x, gate, implementation="xla"), matmul(x, up, implementation="xla"))
     return matmul(hidden, down, implementation="xla")

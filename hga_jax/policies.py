@@ -16,7 +16,6 @@ from hga_jax.routing import Granted, grant_each, grant_remembered, request_by_th
 from hga_jax.sketches import KeySketches, built_in_rotation, key_sketches, told_coordinates
 from hga_jax.summaries import KeySums, key_sums
 from pallas_kernels.dispatch import Implementation
-from pallas_kernels.fp8 import conversion_for
 from pallas_kernels.limits import power_of_two
 from pallas_kernels.sketch_prefill_routing import Rule, Screen, route
 from pallas_kernels.sketch_prefill_routing.keys import page_keys
@@ -197,9 +196,8 @@ def list_by_threshold(
         def by_pairs() -> tuple:
             pairs = config.pairs_for(pages.shape[1] * config.group_size, pages.shape[-1])
             chosen = choose_pairs(energy, pages, config.unrouted // config.group_size, pairs, ratio, scale)
-            keys = pair_keys(pages, chosen, jnp.float8_e4m3fn if conversion_for() == "cast" else jnp.float16)
             less = threshold * config.pairs_threshold_for(pairs, pages.shape[-1])
-            return tuple(route(query, pages, keys, stamps, start, count, threshold=less, **settings))
+            return tuple(route(query, pages, pair_keys(pages, chosen), stamps, start, count, threshold=less, **settings))
 
         return by_sketches() if energy is None else lax.cond(jnp.any(energy > 0), by_pairs, by_sketches)
 

@@ -69,8 +69,7 @@ def matmul(
     """x @ weight.T with weight [out, in], float32 accumulation.
 
     norm: of x, before; residual: added to the result before it is rounded to `out_dtype`, which is by default the residual's dtype, or the
-    norm's, or x's. implementation None: the matvec kernel for one row (FP8: a few rows) on a CUDA GPU,
-    plain XLA otherwise.
+    norm's, or x's. implementation None: the matvec kernel for one row (FP8: a few rows) on a CUDA GPU, plain XLA otherwise.
     """
     return joined_matmul(x, (weight,), norm=norm, residual=residual, out_dtype=out_dtype, implementation=implementation)
 
@@ -100,3 +99,8 @@ def joined_matmul(
     wide = [jnp.einsum("...i,oi->...o", x, dequantize(weight, x.dtype), preferred_element_type=jnp.float32) for weight in weights]
     out = wide[0] if len(wide) == 1 else jnp.concatenate(wide, axis=-1)
     return narrow(out if residual is None else residual + out, out_dtype)
+
+
+def gated(gate: Float[Array, "*T F"], up: Float[Array, "*T F"]) -> Float[Array, "*T F"]:
+    """silu(gate) * up in float32, in their dtype."""
+    return narrow(jax.nn.silu(gate.astype(jnp.float32)) * up, up.dtype)

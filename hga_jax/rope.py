@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from hga_jax.config import LinearScaling, Llama3Scaling, ModelConfig, RopeConfig, YarnScaling
+from pallas_kernels.rotate_heads import turn
 
 
 def frequencies(rope: RopeConfig, head_dim: int) -> Float[np.ndarray, " half"]:
@@ -57,9 +58,7 @@ def angles(positions: Int[Array, " T"], rope: RopeConfig, head_dim: int) -> tupl
 
 def rotate(x: Float[Array, "*B T N H"], positions: Int[Array, " T"], rope: RopeConfig, dtype: Any = None) -> Float[Array, "*B T N H"]:
     """Rotate queries or keys to their positions. Angles and the product are float32; the result has `dtype`, by default x's."""
-    cos, sin = (part[:, None, :] for part in angles(positions, rope, x.shape[-1]))
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(dtype or x.dtype)
+    return turn(x, *angles(positions, rope, x.shape[-1]), dtype or x.dtype)
 
 
 def resolve_rope(config: ModelConfig, tokens: int, request: str) -> tuple[RopeConfig, str]:

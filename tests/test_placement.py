@@ -64,14 +64,14 @@ def thirty_billion(monkeypatch):
 
 
 def test_the_plan_is_what_the_allocator_said(thirty_billion):
-    """Measured: the allocator's peak was 30,552,215,552 bytes after loading; with the history in host memory 32,060,413,440 after a prompt
-    of 65,536 tokens and 512 more (30.88 GiB allowed, JAX 0.11.2), 33,158,039,040 after one of 261,888 tokens and 256 more."""
+    """Measured: the allocator's peak was 30,552,215,552 bytes after loading; with the history in host memory 32,410,853,888 after a prompt
+    of 65,536 tokens and 512 more (30.88 GiB allowed, JAX 0.11.2), 33,066,887,936 after one of 261,632 tokens and 512 more."""
     plan = thirty_billion(65_536 + 512)[1]
     assert plan.weights == 30_552_215_552
     assert plan.segment == 16_384
-    assert 32_060_413_440 <= plan.total <= 1.02 * 32_060_413_440
+    assert 32_410_853_888 <= plan.total <= 1.01 * 32_410_853_888
     assert plan.fits
-    assert thirty_billion(261_888 + 256)[1].total == pytest.approx(33_158_039_040, rel=1e-3)
+    assert 33_066_887_936 <= thirty_billion(261_632 + 512)[1].total <= 1.003 * 33_066_887_936
 
 
 def test_256k_tokens_fit_with_all_summaries_on_the_device(thirty_billion):

@@ -12,6 +12,7 @@ import pytest
 from hga_jax.backend import DenseAttention
 from hga_jax.config import ModelConfig
 from hga_jax.model import Decoder, MoE, Parameters, RMSNorm
+from hga_jax.moe import expert_mlp
 
 
 def test_dense_attention_does_not_round_the_scaled_query():
@@ -86,3 +87,13 @@ def test_what_experts_count_is_not_rounded(tokens):
     mixed, one = np.asarray(mixed, np.float64), np.asarray(one, np.float64)
     ratio = (mixed * one).sum(-1) / (one * one).sum(-1)
     assert np.abs(ratio - 1).max() < 3e-4  # of a weight rounded to bfloat16 up to 2e-3 is missing
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_experts_hold_what_float16_does_not(tokens):
+    """Gate and up of 300 each: their product is beyond float16 and saturates, in plain XLA as in a dense MLP."""
+    x = jnp.full((tokens, 64), 300 / 64, jnp.float16)
+    ones, down = jnp.ones((2, 32, 64), jnp.float16), jnp.full((2, 64, 32), 1 / 64, jnp.float16)
+    ids, weights = jnp.zeros((tokens, 1), jnp.int32), jnp.ones((tokens, 1))
+    out = np.asarray(expert_mlp(x, ids, weights, ones, ones, down, implementation="xla"), np.float64)
+    np.testing.assert_allclose(out, 65504 / 2, rtol=1e-3)  # 32 times the largest number / 64; without, infinity

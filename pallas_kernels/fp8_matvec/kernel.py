@@ -22,7 +22,7 @@ from pallas_kernels.indexing import outer, span
 from pallas_kernels.normalise import Norm, inverse_rms, narrow, result_dtype
 
 MAX_ROWS = 8
-PLAIN = (jnp.bfloat16, jnp.float16, jnp.float32)  # weights without scales
+WEIGHTS = (jnp.float8_e4m3fn, jnp.bfloat16, jnp.float16, jnp.float32)  # the first with scales, the others without
 
 
 def unsupported(x: Any, weights: Sequence[tuple[Any, Any]]) -> str | None:
@@ -32,7 +32,7 @@ def unsupported(x: Any, weights: Sequence[tuple[Any, Any]]) -> str | None:
     if len({scales is None for _, scales in weights}) > 1:
         return "weights with and without scales in one launch"
     for values, scales in weights:
-        if values.dtype not in PLAIN and values.dtype != jnp.float8_e4m3fn:
+        if values.dtype not in WEIGHTS:
             return f"weights are {values.dtype}"
         if reason := bad_weight(values, scales):
             return reason
@@ -181,7 +181,7 @@ def matvec(
 ) -> Float[Array, "T out"]:
     """x @ (values * scales).T accumulated in float32, T from 1 to 8; the result has x's dtype unless `out_dtype` says otherwise.
 
-    values: float8_e4m3fn with one scale per 128x128 block, or of a dtype of PLAIN without scales. Raises NotImplementedError for anything
+    values: float8_e4m3fn with one scale per 128x128 block, or another of WEIGHTS without scales. Raises NotImplementedError for anything
     else. The weight is exact (no rounding to bfloat16 of value times scale), so results differ from the XLA twin by that rounding, about
     2**-9.
     """

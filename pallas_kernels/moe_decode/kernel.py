@@ -19,10 +19,10 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.fp8 import BLOCK, conversion_for
 from pallas_kernels.fp8_matvec.config import Config as Matvec
-from pallas_kernels.fp8_matvec.kernel import PLAIN, bad_weight, convert, pieces, row_dots
+from pallas_kernels.fp8_matvec.kernel import WEIGHTS, bad_weight, convert, pieces, row_dots
 from pallas_kernels.indexing import outer, span
 from pallas_kernels.moe_decode.config import Config, measured
-from pallas_kernels.normalise import Norm, result_dtype
+from pallas_kernels.normalise import Norm, narrow, result_dtype
 
 MAX_TOKENS = 4
 
@@ -33,7 +33,7 @@ def unsupported(x: Any, ids: Any, values: tuple[Any, Any, Any], scales: tuple[An
         return f"{x.shape[0]} tokens are not 1 to {MAX_TOKENS}"
     if ids.shape[1] > 32:
         return f"{ids.shape[1]} experts a token exceed 32: the down kernel unrolls them"
-    if values[0].dtype not in PLAIN and values[0].dtype != jnp.float8_e4m3fn:
+    if values[0].dtype not in WEIGHTS:
         return f"weights are {values[0].dtype}"
     return next((reason for v, s in zip(values, scales, strict=True) if (reason := bad_weight(v, s))), None)
 
@@ -125,7 +125,7 @@ def _down_kernel(
     mask = row_index < width if partial_rows else None
     if add:
         total = total + plt.load(refs[-2].at[outer(token, row_index)], mask=mask).astype(jnp.float32)
-    plt.store(out_ref.at[outer(token, row_index)], total.astype(out_ref.dtype), mask=mask)
+    plt.store(out_ref.at[outer(token, row_index)], narrow(total, out_ref.dtype), mask=mask)
 
 
 def expert_mlp(

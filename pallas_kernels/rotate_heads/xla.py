@@ -27,7 +27,7 @@ def rotate_heads(
     return turn(q, cos, sin, dtype), turn(k, cos, sin, dtype), narrow(v, dtype)
 
 
-def turn(x: Float[Array, "T N H"], cos: Float[Array, "T half"], sin: Float[Array, "T half"], dtype: Any) -> Float[Array, "T N H"]:
+def turn(x: Float[Array, "*B T N H"], cos: Float[Array, "T half"], sin: Float[Array, "T half"], dtype: Any) -> Float[Array, "*B T N H"]:
     """Rotate the pairs (i, i + H/2), in float32."""
     cos, sin = cos[:, None, :], sin[:, None, :]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)

@@ -13,6 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.fp8 import conversion_for
 from pallas_kernels.normalise import narrow
 from pallas_kernels.sketch_prefill_routing.kernel import LOG2E
 
@@ -69,8 +70,11 @@ def choose_pairs(
     return Pairs(jnp.concatenate([chosen, chosen + energy.shape[1]], axis=-1), jnp.exp2(jnp.clip(jnp.round(even), -16, 16)))
 
 
-def pair_keys(pages: Float[Array, "K P 2 g H"], pairs: Pairs, kept: Any = jnp.float8_e4m3fn) -> PairKeys:
-    """kept: the format in which deviations are kept when they are rounded to float8: that, or float16 for GPUs that do not multiply it."""
+def pair_keys(pages: Float[Array, "K P 2 g H"], pairs: Pairs, kept: Any = None) -> PairKeys:
+    """kept: the format in which deviations are kept when they are rounded to float8. None: that, or float16 on GPUs that do not multiply
+    it.
+    """
+    kept = kept or (jnp.float8_e4m3fn if conversion_for() == "cast" else jnp.float16)
     keys = pages[:, :, 0]
     means = keys.astype(jnp.float32).mean(2, keepdims=True).astype(keys.dtype)
     at = pairs.dims[:, None, None]
