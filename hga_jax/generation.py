@@ -105,7 +105,7 @@ class Generation:
         elif self.disk is not None:
             states = self.disk.new_states()
         else:
-            states = programs.new_states(decoder, self.backend, self.ctx, model.dtype)
+            states = programs.new_states(decoder, self.backend, self.ctx, model.kv_dtype)
         history_bytes = sum(x.nbytes for path, x in jax.tree_util.tree_leaves_with_path(states) if purpose(path) == "history")
         begin = time.perf_counter()
         first, states, prefill_stats = self._prefill(states, on_prefill)

@@ -22,6 +22,7 @@ from hga_jax.generation import GenerateResult, Generation
 from hga_jax.model import Decoder, weight_leaves
 from hga_jax.placement import EXPERTS
 from hga_jax.plan import place_history
+from hga_jax.quantized import bounded_dtype
 from hga_jax.rope import resolve_rope
 from hga_jax.sampling import Sampling
 from hga_jax.text.chat import render_chat
@@ -60,6 +61,11 @@ class LanguageModel:
         return self._decoder.embedding.get_value().dtype
 
     @property
+    def kv_dtype(self) -> Any:
+        """Of keys and values: FP8 checkpoints have float16 ones where the model is bfloat16."""
+        return bounded_dtype(self.config, self.dtype)
+
+    @property
     def host_experts(self) -> int:
         """In how many layers the experts lie in pinned host memory (see hga_jax.placement)."""
         experts = [leaf for path, leaf in weight_leaves(self._decoder).items() if EXPERTS.fullmatch(path) and path.endswith("gate")]
@@ -83,7 +89,7 @@ class LanguageModel:
         segment = min(programs.segment_of(whole), whole)
         size = -(-length // segment) * segment
         x = self._decoder.embed(jnp.pad(jnp.asarray(tokens), (0, size - length)))
-        states = programs.new_states(self._decoder, backend, size, self.dtype)
+        states = programs.new_states(self._decoder, backend, size, self.kv_dtype)
         first, count, stats = jnp.int32(0), jnp.int32(length), Stats.zero()
         for layer, state in zip(self._decoder.layers, states, strict=True):
             x, _, stats = programs.prefill_layer(layer, x, first, count, state, stats, backend=backend, segment=segment)

@@ -18,11 +18,11 @@ from jaxtyping import Array, Float, Int
 from hga_jax.backend import AttentionBackend, Stats
 from hga_jax.config import ModelConfig
 from hga_jax.moe import expert_mlp
-from hga_jax.quantized import MAX_ROWS, AbstractWeight, BlockScaled, gated, joined_matmul, matmul
+from hga_jax.quantized import MAX_ROWS, AbstractWeight, BlockScaled, bounded_dtype, gated, joined_matmul, matmul
 from hga_jax.rope import angles, rotate
 from pallas_kernels.host_rows import host_rows
 from pallas_kernels.moe_routing import moe_routing
-from pallas_kernels.normalise import Norm, rms_norm
+from pallas_kernels.normalise import Norm, narrow, rms_norm
 from pallas_kernels.rotate_heads import rotate_heads
 
 
@@ -87,12 +87,13 @@ class Shapes(Parameters):
 class RMSNorm(nnx.Module):
     def __init__(self, make: Parameters, size: int):
         self.weight = make.ones(size)
-        self.eps = make.config.rms_eps
+        self.config = make.config
 
     @property
     def norm(self) -> Norm:
         """For a product that normalises its input itself."""
-        return Norm(self.weight.get_value(), self.eps)
+        weight = self.weight.get_value()
+        return Norm(weight, self.config.rms_eps, bounded_dtype(self.config, weight.dtype))
 
     def __call__(self, x: Float[Array, "*T D"], dtype: Any = None) -> Float[Array, "*T D"]:
         return rms_norm(x, self.norm, dtype)
@@ -108,7 +109,7 @@ class Linear(nnx.Module):
     ) -> Float[Array, "*T out"]:
         """The product, plus `residual` if given, in `dtype`, or the residual's, or x's."""
         out = matmul(x, self.weight.get_value(), residual=residual, out_dtype=dtype)
-        return out if self.bias is None else out + self.bias.get_value()
+        return out if self.bias is None else narrow(out + self.bias.get_value(), out.dtype)
 
 
 class Attention(nnx.Module):
@@ -137,7 +138,7 @@ class Attention(nnx.Module):
                 joined = joined + jnp.concatenate([linear.bias.get_value() for linear in linears])
             q_norm, k_norm = (None if head is None else head.norm for head in (self.q_norm, self.k_norm))
             cos, sin = angles(positions, config.rope, config.head_dim)
-            norms, dtype = {"q_norm": q_norm, "k_norm": k_norm}, norm.norm.weight.dtype
+            norms, dtype = {"q_norm": q_norm, "k_norm": k_norm}, norm.norm.dtype
             return rotate_heads(joined, cos, sin, heads=config.heads, kv_heads=config.kv_heads, **norms, dtype=dtype)
         x = norm(x)
         q = self.q(x, dtype=wide).reshape(-1, config.heads, config.head_dim)
@@ -173,8 +174,8 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "T D"], norm: RMSNorm) -> Float[Array, "T D"]:
         """x plus the MLP of the normalised x."""
-        inner = norm(x)
-        return self.down(gated(self.gate(inner), self.up(inner)), x)
+        inner, dtype = norm(x), norm.norm.weight.dtype
+        return self.down(gated(self.gate(inner, dtype=dtype), self.up(inner, dtype=dtype)), x)
 
 
 class MoE(nnx.Module):
@@ -245,8 +246,8 @@ class Decoder(nnx.Module):
 
     def head(self, x: Float[Array, "*T D"]) -> Float[Array, "*T V"]:
         """Final norm and output head: float32 logits."""
-        weight = self.embedding if self.lm_head is None else self.lm_head
-        return matmul(x, weight.get_value(), norm=self.final_norm.norm, out_dtype=jnp.float32)
+        weight = (self.embedding if self.lm_head is None else self.lm_head).get_value()
+        return matmul(x, weight, norm=self.final_norm.norm._replace(dtype=weight.dtype), out_dtype=jnp.float32)
 
 
 def weight_leaves(decoder: Decoder) -> dict[str, AbstractWeight]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -48,20 +49,21 @@ def expert_mlp(
             return moe_decode.expert_mlp(x, ids, weights, values, scales, norm=norm, residual=residual)
         run = partial(moe_prefill.expert_mlp, values=values, scales=scales, out_dtype=jnp.float32)
     else:
-        run = partial(_expert_mlp_xla, gate=gate, up=up, down=down)
+        run = partial(_expert_mlp_xla, gate=gate, up=up, down=down, dtype=(x if norm is None else norm.weight).dtype)
     out = run(x if norm is None else rms_norm(x, norm), ids, weights)
     return narrow(out if residual is None else residual + out, result_dtype(x, norm, residual))
 
 
 def _expert_mlp_xla(
-    x: Float[Array, "T D"], ids: Int[Array, "T k"], weights: Float[Array, "T k"], gate: Weight, up: Weight, down: Weight
+    x: Float[Array, "T D"], ids: Int[Array, "T k"], weights: Float[Array, "T k"], gate: Weight, up: Weight, down: Weight, dtype: Any
 ) -> Float[Array, "T D"]:
-    """In float32. Every (token, expert) pair is computed once, and no expert is multiplied by a token that did not choose it: FLOPs are
-    those of the routed experts, and only one block's weights are dequantised at a time.
+    """In float32, with the gated product rounded to `dtype`. Every (token, expert) pair is computed once, and no expert is multiplied by a
+    token that did not choose it: FLOPs are those of the routed experts, and only one block's weights are dequantised at a time.
     """
     tokens, choices = ids.shape
     if tokens * choices <= BLOCK_ROWS:  # decode: read just the chosen experts
-        out = lax.map(lambda e: _mlp(x[e[0]][None], gate[e[1]], up[e[1]], down[e[1]])[0], (_owners(tokens, choices), ids.reshape(-1)))
+        pairs = (_owners(tokens, choices), ids.reshape(-1))
+        out = lax.map(lambda e: _mlp(x[e[0]][None], gate[e[1]], up[e[1]], down[e[1]], dtype)[0], pairs)
         return (out.reshape(tokens, choices, -1) * weights[..., None]).sum(1)
 
     experts = gate.shape[0]
@@ -78,18 +80,19 @@ def _expert_mlp_xla(
         inside = (i - (last_block[expert] - blocks_of[expert])) * BLOCK_ROWS + jnp.arange(BLOCK_ROWS)
         live = (inside < counts[expert]) & (i < last_block[-1])
         pair = order[jnp.clip(first_row[expert] + inside, 0, rows - 1)]
-        part = _mlp(x[pair // choices], gate[expert], up[expert], down[expert])
-        return out.at[jnp.where(live, pair, rows)].set(part, mode="drop"), None
+        token = pair // choices
+        part = _mlp(x[token], gate[expert], up[expert], down[expert], dtype) * weights.reshape(-1)[pair, None]
+        return out.at[jnp.where(live, token, tokens)].add(part, mode="drop"), None
 
     bound = rows // BLOCK_ROWS + min(experts, rows)
-    out = lax.fori_loop(0, jnp.minimum(last_block[-1], bound), lambda i, o: block(o, i)[0], jnp.zeros((rows, x.shape[1]), x.dtype))
-    return (out.reshape(tokens, choices, -1) * weights[..., None]).sum(1)
+    return lax.fori_loop(0, jnp.minimum(last_block[-1], bound), lambda i, o: block(o, i)[0], jnp.zeros(x.shape, jnp.float32))
 
 
 def _owners(tokens: int, choices: int) -> Int[Array, " pairs"]:
     return jnp.repeat(jnp.arange(tokens), choices)
 
 
-def _mlp(x: Float[Array, "T D"], gate: Weight, up: Weight, down: Weight) -> Float[Array, "T D"]:
-    hidden = gated(matmul(x, gate, implementation="xla"), matmul(x, up, implementation="xla"))
-    return matmul(hidden, down, implementation="xla")
+def _mlp(x: Float[Array, "T D"], gate: Weight, up: Weight, down: Weight, dtype: Any) -> Float[Array, "T D"]:
+    """In float32, with the gated product rounded to `dtype`."""
+    wide = partial(matmul, out_dtype=jnp.float32, implementation="xla")
+    return wide(gated(wide(x, gate), wide(x, up), dtype), down)

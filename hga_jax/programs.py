@@ -41,7 +41,7 @@ class SuperBlock:
 
 
 def new_states(decoder: Decoder, backend: AttentionBackend, capacity: int, dtype: Any) -> tuple[Any, ...]:
-    """An empty K/V state for each layer."""
+    """An empty K/V state for each layer. dtype: of keys and values (LanguageModel.kv_dtype)."""
     config = decoder.config
     # One at a time: zeros for host memory are made on the device, and all layers' would not fit there.
     return tuple(jax.block_until_ready(backend.init_state(capacity, config.kv_heads, config.head_dim, dtype)) for _ in range(config.layers))

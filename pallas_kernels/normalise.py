@@ -14,10 +14,11 @@ from pallas_kernels.indexing import outer, span
 
 
 class Norm(NamedTuple):
-    """x / sqrt(mean(x^2) + eps) in float32, rounded to the dtype of `weight` and times it."""
+    """weight * x / sqrt(mean(x^2) + eps) in float32. Kernels go on with that; plain JAX rounds it to `dtype`, by default the weight's."""
 
     weight: Float[Array, " D"]
     eps: float
+    dtype: Any = None
 
 
 def narrow(x: Array, dtype: Any) -> Array:
@@ -34,10 +35,10 @@ def result_dtype(x: Array, norm: Norm | None, residual: Array | None) -> Any:
 
 
 def rms_norm(x: Float[Array, "*T D"], norm: Norm, dtype: Any = None) -> Float[Array, "*T D"]:
-    """Normalised in float32 and scaled in `dtype`, by default the weight's, as the checkpoints were trained."""
+    """Normalised and scaled in float32, rounded once, to `dtype`, by default the norm's."""
     wide = x.astype(jnp.float32)
     normal = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + norm.eps)
-    return norm.weight * normal.astype(dtype or norm.weight.dtype)
+    return narrow(norm.weight.astype(jnp.float32) * normal, dtype or norm.dtype or norm.weight.dtype)
 
 
 def inverse_rms(x_ref: Any, row: Any, size: int, eps: float) -> Float[Array, ""]:

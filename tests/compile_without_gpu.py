@@ -60,6 +60,7 @@ def main() -> int:
     from hga_jax.config import ModelConfig, RopeConfig
     from hga_jax.eval.choices import parse_choices
     from hga_jax.model import Decoder
+    from hga_jax.quantized import bounded_dtype
 
     description = DESCRIPTION.format(shared=shared, capability=capability, name=options.target)
     topology = topologies.get_topology_desc("1x1x1", platform="cuda", target_config=description, topology="1x1x1")
@@ -79,7 +80,8 @@ def main() -> int:
     failed = 0
     for policy, hga in ((choice.name, choice.hga) for choice in parse_choices(options.policy)):
         backend = HGAAttention(hga, config.rope)
-        state = there(jax.eval_shape(lambda b=backend: b.init_state(TOKENS + 256, 4, 128, jnp.dtype(options.dtype))))
+        kv_dtype = bounded_dtype(config, jnp.dtype(options.dtype))
+        state = there(jax.eval_shape(lambda b=backend: b.init_state(TOKENS + 256, 4, 128, kv_dtype)))
         traced = {
             "prefill": programs.prefill_layer.trace(layer, rows, number, number, state, stats, backend=backend, segment=16384),
             "decode": programs._decode_layer.trace(layer, row, number, state, backend=backend),

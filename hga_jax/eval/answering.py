@@ -47,7 +47,7 @@ class Reader:
         self.model, self.backend = model, backend
         self.capacity = -(-capacity // programs.SEGMENT) * programs.SEGMENT
         self.stop_ids = sorted({*model.config.eos_token_ids, *(model.tokenizer.eos_ids if model.tokenizer else ())})
-        self._empty = jax.jit(lambda: programs.new_states(model.params, backend, self.capacity, model.dtype))
+        self._empty = jax.jit(lambda: programs.new_states(model.params, backend, self.capacity, model.kv_dtype))
 
     def generated(
         self, prompts: Sequence[Prompt], max_new_tokens: int, on_tokens: Callable[[int | float], None] | None = None

@@ -41,7 +41,7 @@ def score(
     _compile(model, length, backend)
     compiled = time.perf_counter()
     targets = np.append(tokens[1:], 0).astype(np.int32)
-    states = programs.new_states(decoder, backend, length, model.dtype)
+    states = programs.new_states(decoder, backend, length, model.kv_dtype)
     parts, stats, done = [], Stats.zero(), 0
     for block in programs.prefill_blocks(decoder, tokens, states, backend, on_layer=on_tokens):
         wanted = jnp.asarray(np.pad(targets[done : done + block.count], (0, block.x.shape[0] - block.count)))
@@ -60,7 +60,7 @@ def _compile(model: LanguageModel, length: int, backend: AttentionBackend) -> No
         x = decoder.embed(jnp.zeros(size, jnp.int32))
         _losses(decoder, x, jnp.zeros(size, jnp.int32), zero).block_until_ready()
         for layer in kinds.values():
-            state = backend.init_state(length, config.kv_heads, config.head_dim, model.dtype)
+            state = backend.init_state(length, config.kv_heads, config.head_dim, model.kv_dtype)
             x, _, _ = programs.prefill_layer(layer, x, zero, zero, state, Stats.zero(), backend=backend, segment=segment)
         x.block_until_ready()
 

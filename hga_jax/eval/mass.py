@@ -96,7 +96,7 @@ def text_mass(
     count, found = jnp.int32(length), []
     for i, layer in enumerate(decoder.layers):
         found.append(jax.device_get(layer_mass(layer, x, count, jnp.int32(skip), backend=backend)))
-        state = backend.init_state(size, model.config.kv_heads, model.config.head_dim, model.dtype)
+        state = backend.init_state(size, model.config.kv_heads, model.config.head_dim, model.kv_dtype)
         segment = programs.segment_of(size)
         x, _, _ = programs.prefill_layer(layer, x, jnp.int32(0), count, state, Stats.zero(), backend=backend, segment=segment)
         if on_tokens is not None:

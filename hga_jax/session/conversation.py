@@ -107,7 +107,7 @@ class Session:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         empty = np.zeros(0, np.int32)
         self.manifest = stored or Manifest(model.name, self.identity, root_id(self.identity), (), empty, (), (), 0, now, now)
-        self.form = StateFormat.of(self.backend, model.config, model.dtype, energies)
+        self.form = StateFormat.of(self.backend, model.config, model.kv_dtype, energies)
         self.blocks = BlockStore(self.store_path)
         shutil.rmtree(self.folder / STAGING, ignore_errors=True)  # what a killed process left
 

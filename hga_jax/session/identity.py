@@ -75,7 +75,7 @@ def describe(model: Any, backend: AttentionBackend, energies: bool = True) -> di
     rope = config.pop("rope")
     for absent in ("bos_token_id", "eos_token_ids"):
         config.pop(absent)
-    weights, dtype = weights_fingerprint(model.params), jnp.dtype(model.dtype).name
+    weights, dtype = weights_fingerprint(model.params), jnp.dtype(model.kv_dtype).name
     found = {"model": config, "weights": weights, "rope": rope, "attention": attention, "dtype": dtype}
     return json.loads(json.dumps(found))  # as it will be read back: lists for tuples
 

@@ -98,10 +98,8 @@ def row_dots(
             if norm is not None:
                 inverses = inverses or [inverse_rms(x, t, inputs, norm[1]) for x, t in xs]  # behind the first loads of weights
                 scale = plt.load(norm[0].at[outer(span(column, width))], mask=inside)
-                vectors = [
-                    scale * (vector.astype(jnp.float32) * inverse).astype(scale.dtype)
-                    for vector, inverse in zip(vectors, inverses, strict=True)
-                ]
+                scale = scale.astype(jnp.float32)
+                vectors = [scale * (vector.astype(jnp.float32) * inverse) for vector, inverse in zip(vectors, inverses, strict=True)]
             vectors = [vector.astype(jnp.float32) for vector in vectors]
             if over:
                 vectors = [jnp.where(inside, vector, 0.0) for vector in vectors]

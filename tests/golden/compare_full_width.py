@@ -178,7 +178,7 @@ def run_layers(model, tokens: np.ndarray, experts: np.ndarray | None = None) -> 
 
     @jax.jit
     def run_layer(layer, x, given):
-        state = backend.init_state(count, config.kv_heads, config.head_dim, model.dtype)
+        state = backend.init_state(count, config.kv_heads, config.head_dim, model.kv_dtype)
         with mock.patch("hga_jax.model.moe_routing", partial(routing, given=given)):
             x, _, _ = layer.prefill(x, jnp.int32(0), jnp.int32(count), state, backend)
         return x, seen.pop()

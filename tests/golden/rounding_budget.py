@@ -39,23 +39,26 @@ ROUNDINGS = {
 
 
 class Network:
-    def __init__(self, directory: Path, tokens: np.ndarray, experts: Tensor):
+    """experts [L, T, k]: those that tokens are given; without, each forward pass leaves there those that it chose."""
+
+    def __init__(self, directory: Path, tokens: np.ndarray, experts: Tensor | None = None):
         self.weights, self.config = dequantised(directory), json.loads((directory / "config.json").read_text())
         self.tokens, self.experts = torch.from_numpy(tokens).long(), experts
         half = torch.arange(0, self.config["head_dim"], 2, dtype=torch.float64) / self.config["head_dim"]
         angle = torch.arange(len(tokens), dtype=torch.float64)[:, None, None] / self.config["rope_theta"] ** half
         self.cos, self.sin = angle.cos().float(), angle.sin().float()
 
-    def logits(self, roundings: set[str]) -> np.ndarray:
-        self.on = roundings
+    def logits(self, roundings: dict[str, torch.dtype]) -> np.ndarray:
+        """With the named roundings, each to its type."""
+        self.types = roundings
         x = self.weights["model.embed_tokens.weight"][self.tokens]
         for layer in range(self.config["num_hidden_layers"]):
             x = x + self.attention(f"model.layers.{layer}.self_attn", self.norm("attention_norm", x))
-            x = x + self.mixture(f"model.layers.{layer}.mlp", self.norm("mlp_norm", x), self.experts[layer])
+            x = x + self.mixture(f"model.layers.{layer}.mlp", self.norm("mlp_norm", x), None if self.experts is None else self.experts[layer])
         return (self.norm("final_norm", x) @ self.weights["lm_head.weight"].T).numpy()
 
     def round(self, name: str, x: Tensor) -> Tensor:
-        return x.bfloat16().float() if name in self.on else x
+        return x.to(self.types[name]).float() if name in self.types else x
 
     def norm(self, name: str, x: Tensor) -> Tensor:
         """The checkpoint's norm weights are ones."""
