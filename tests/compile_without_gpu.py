@@ -81,7 +81,7 @@ def main() -> int:
     for policy, hga in ((choice.name, choice.hga) for choice in parse_choices(options.policy)):
         backend = HGAAttention(hga, config.rope)
         kv_dtype = bounded_dtype(config, jnp.dtype(options.dtype))
-        state = there(jax.eval_shape(lambda b=backend: b.init_state(TOKENS + 256, 4, 128, kv_dtype)))
+        state = there(jax.eval_shape(lambda b=backend, d=kv_dtype: b.init_state(TOKENS + 256, 4, 128, d)))
         traced = {
             "prefill": programs.prefill_layer.trace(layer, rows, number, number, state, stats, backend=backend, segment=16384),
             "decode": programs._decode_layer.trace(layer, row, number, state, backend=backend),
