@@ -134,7 +134,7 @@ def _multiply(
     return [total * shift for total in sums] if shift != 1 else list(sums)
 
 
-def _operand(x: Float[Array, "*T in"], dtype: Any) -> Float[Array, "*T in"]:
+def operand_of(x: Float[Array, "*T in"], dtype: Any) -> Float[Array, "*T in"]:
     """Activations as the tensor cores take them: bfloat16, or float16 moved into its range (both shifts are powers of two, hence exact)."""
     return narrow(x.astype(jnp.float32) * ACTIVATION_SHIFT if dtype == jnp.float16 else x, dtype)
 
@@ -144,7 +144,7 @@ def _dot(a: Float[Array, "m k"], b: Float[Array, "n k"]) -> Float[Array, "m n"]:
 
 
 def _store(ref: Any, rows: Any, columns: Any, live: Any, value: Array, *, outputs: int, weights_first: bool) -> None:
-    value = _operand(value.T if weights_first else value, ref.dtype)
+    value = operand_of(value.T if weights_first else value, ref.dtype)
     rows = jnp.where(live, rows, ref.shape[0])  # nowhere: the interpreter would let a masked row undo the row it repeats
     plt.store(ref.at[outer(rows, columns)], value, mask=live[:, None] & (columns < outputs)[None, :])
 
@@ -269,20 +269,28 @@ def _one_pass(
 ) -> Float[Array, "T D"]:
     operand = jnp.float16 if config.gate_up.operand == "float16" and scales[0] is not None else jnp.bfloat16
     order, first = sort_by_expert(ids, values[0].shape[0])
-    tables = {rows: (order, *tiles(first, ids.size, rows)) for rows in (config.gate_up.rows, config.down.rows)}
-    hidden = gate_up(
-        tables[config.gate_up.rows],
-        _operand(x, operand),
-        values[:2],
-        scales[:2],
-        choices=ids.shape[1],
-        config=config.gate_up,
-        hidden_dtype=operand,
-        interpret=interpret,
-    )
-    out = down(tables[config.down.rows], weights, hidden, values[2], scales[2], config=config.down, interpret=interpret)
+    tables = tuple((order, *tiles(first, ids.size, rows)) for rows in (config.gate_up.rows, config.down.rows))
+    out = matmuls(tables, operand_of(x, operand), weights, values, scales, config=config, interpret=interpret)
     out = out.reshape(*ids.shape, -1).astype(jnp.float32).sum(1)
     return (out / ACTIVATION_SHIFT if operand == jnp.float16 else out).astype(out_dtype)
+
+
+def matmuls(
+    tables: tuple[tuple[Array, Array, Array, Array], tuple[Array, Array, Array, Array]],
+    x: Float[Array, "T D"],
+    weights: Float[Array, "T k"],
+    values: tuple[Array, Array, Array],
+    scales: tuple[Array | None, Array | None, Array | None],
+    *,
+    config: Config,
+    interpret: bool = False,
+) -> Float[Array, "pairs D"]:
+    """Both launches: each pair's weighted output in x's format, in pair order. tables: what `tiles` says for the rows of each, behind the
+    order of the pairs. x: as `operand_of` makes it.
+    """
+    settings = {"choices": weights.shape[1], "config": config.gate_up, "hidden_dtype": x.dtype}
+    hidden = gate_up(tables[0], x, values[:2], scales[:2], **settings, interpret=interpret)
+    return down(tables[1], weights, hidden, values[2], scales[2], config=config.down, interpret=interpret)
 
 
 def gate_up(
