@@ -20,6 +20,9 @@ VOTES_THRESHOLD = 1.7
 # Tokens of history room up to which prefill scans whole sketches; beyond, scanning a quarter of the rotary pairs saves more than half: 18.3
 # ms a layer in place of some 45 at 65,536 tokens.
 PAIRS_FROM = 16384
+# Room beyond which every fourth query scans them and not every second: 10.0 in place of 12.9 ms a layer at 65,536 tokens (every query:
+# 18.0).
+FOURTHS_FROM = 32768
 # Tokens below which cuDNN's dense attention is about as fast on an H100, and exact: 3.9 ms a layer at 16,384 (routing and routed attention
 # 3.0), 14.9 at 32,768 (7.0), 32 heads of 128.
 DENSE_BELOW = 16384
@@ -62,6 +65,8 @@ class HGAConfig:
     (a history begun by other means than prefill) prefill goes by sketches. Decode does always, so that where a prompt ends changes which
     pages are open to the tokens behind. "auto": on an NVIDIA GPU, in histories with room for more than PAIRS_FROM tokens, a quarter of the
     pairs, which costs half the time; what it costs in loss: eval/README.md.
+    scan_stride: where pairs are scanned, queries at positions p with p % scan_stride == 0 do so and ask for pages; the others see what was
+    asked for before them. "auto": 2, and 4 in histories with room for more than FOURTHS_FROM tokens, as far as vote_stride is a multiple.
     pairs_threshold: factor on the threshold then, for scores are lower without the other pairs; 0: the one with which about as many tokens
     are opened as by sketches.
     dense_below: a prompt's first call of at most so many tokens attends to everything, which is faster there as well as exact; "auto": up
@@ -88,6 +93,7 @@ class HGAConfig:
     screen_threshold: float = 0.25
     scan_pairs: int | Literal["auto"] = "auto"
     pairs_threshold: float = 0.0
+    scan_stride: int | Literal["auto"] = "auto"
     dense_below: int | Literal["auto"] = 0
     top_chunks: int = 16
     top_groups: int = 64
@@ -118,9 +124,15 @@ class HGAConfig:
             raise ValueError(f"page_capacity={self.page_capacity} must be at least 1")
         if self.screening not in ("on", "off"):
             raise ValueError(f"screening={self.screening!r}: choose on or off")
-        for name in ("screen_stride", "request_stride", "vote_stride"):
+        if self.scan_stride != "auto" and isinstance(self.scan_stride, str):
+            raise ValueError(f'scan_stride={self.scan_stride!r}: choose "auto" or a number of positions')
+        for name in ("screen_stride", "request_stride", "vote_stride", *(() if self.scan_stride == "auto" else ("scan_stride",))):
             if getattr(self, name) < 1 or self.chunk_size % getattr(self, name):
                 raise ValueError(f"{name}={getattr(self, name)} must divide chunk_size={self.chunk_size}")
+        if self.counts_votes and self.scan_stride != "auto" and self.vote_stride % self.scan_stride:
+            raise ValueError(
+                f"vote_stride={self.vote_stride} must be a multiple of scan_stride={self.scan_stride}: queries that do not scan cannot vote"
+            )
         if self.screen_spread < 0 or not 0 < self.screen_margin <= 1 or self.screen_threshold <= 0:
             raise ValueError(
                 f"screen_spread={self.screen_spread} must not be negative, screen_margin={self.screen_margin} must lie in (0, 1] and "
@@ -176,6 +188,13 @@ class HGAConfig:
         if self.policy != "sketch" or self.screening == "on":
             return 0
         return (head_dim // 8 if room > PAIRS_FROM else 0) if self.scan_pairs == "auto" else self.scan_pairs
+
+    def scan_stride_for(self, room: int) -> int:
+        """Every how manyth query scans the pairs of a history with room for so many tokens."""
+        if self.scan_stride != "auto":
+            return self.scan_stride
+        wanted = 4 if room > FOURTHS_FROM else 2
+        return math.gcd(wanted, self.chunk_size, self.vote_stride if self.counts_votes else wanted)
 
     def dense_up_to(self, fused: bool) -> int:
         """Tokens of a prompt's first call up to which attention is dense; fused: whether cuDNN's attention takes its arrays."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -194,10 +195,12 @@ def list_by_threshold(
             return tuple(route(query, pages, keys, stamps, start, count, threshold=threshold, screen=screen, **settings))
 
         def by_pairs() -> tuple:
-            pairs = config.pairs_for(pages.shape[1] * config.group_size, pages.shape[-1])
+            room = pages.shape[1] * config.group_size
+            pairs = config.pairs_for(room, pages.shape[-1])
             chosen = choose_pairs(energy, pages, config.unrouted // config.group_size, pairs, ratio, scale)
             less = threshold * config.pairs_threshold_for(pairs, pages.shape[-1])
-            return tuple(route(query, pages, pair_keys(pages, chosen), stamps, start, count, threshold=less, **settings))
+            some = settings | {"rule": replace(rule, stride=config.scan_stride_for(room))}
+            return tuple(route(query, pages, pair_keys(pages, chosen), stamps, start, count, threshold=less, **some))
 
         return by_sketches() if energy is None else lax.cond(jnp.any(energy > 0), by_pairs, by_sketches)
 

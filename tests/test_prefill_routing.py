@@ -15,7 +15,7 @@ from pallas_kernels.sketch_prefill_routing import Config, Rule, Screen, Tile, ro
 from pallas_kernels.sketch_prefill_routing.keys import PageKeys, page_statistics, sketched_keys
 from pallas_kernels.sketch_prefill_routing.pairs import Pairs, choose_pairs, pair_keys, query_energy
 from pallas_kernels.sketch_prefill_routing.reference import reference_route
-from pallas_kernels.sketch_prefill_routing.scan import asked_for
+from pallas_kernels.sketch_prefill_routing.scan import how_many
 from pallas_kernels.sketch_prefill_routing.sketches import sketch_pages, unsketch
 from pallas_kernels.sketch_routing import sketch_chunks
 from pallas_kernels.votes import stamp_of
@@ -74,6 +74,7 @@ class Votes(NamedTuple):
     votes: int = 0
     vote_share: float = 1.0
     vote_stride: int = 1
+    stride: int = 1
 
 
 REQUESTS = Votes()  # any request keeps a page
@@ -190,7 +191,15 @@ def by_pairs(keys, dims):
 @pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize(
     ("first", "heads", "kv_heads", "head_dim", "pairs", "votes"),
-    [(0, 4, 2, 16, 2, Votes()), (5 * CHUNK + 3, 3, 1, 24, 5, Votes()), (7, 4, 2, 16, 3, Votes(3, 0.4)), (7, 4, 2, 16, 3, Votes(2, 0.4, 2))],
+    [
+        (0, 4, 2, 16, 2, Votes()),
+        (5 * CHUNK + 3, 3, 1, 24, 5, Votes()),
+        (7, 4, 2, 16, 3, Votes(3, 0.4)),
+        (7, 4, 2, 16, 3, Votes(2, 0.4, 2)),
+        (3, 4, 2, 16, 3, Votes(stride=4)),
+        (3, 4, 2, 16, 3, Votes(1, 0.4, 4, 2)),
+        (0, 4, 2, 16, 3, Votes(1, 0.4, 8, 4)),
+    ],
 )
 def test_scan_by_rotary_pairs(run, first, heads, kv_heads, head_dim, pairs, votes):
     """A page counts as its mean key and, in the chosen pairs alone, its tokens' deviations from that."""
@@ -286,7 +295,7 @@ def test_pages_that_some_row_asks_for(rows, pages):
     """From nobody to all rows."""
     asking = np.random.default_rng(0).random((rows, pages)) < 2 / rows
     asking[:, [1, pages - 1]], asking[:, 8] = True, False
-    np.testing.assert_array_equal(asked_for(jnp.asarray(asking)), asking.any(0))
+    np.testing.assert_array_equal(how_many(jnp.asarray(asking)), asking.sum(0))
     assert 0.2 < asking.any(0).mean() < 1
 
 

@@ -192,6 +192,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--screening", choices=("on", "off"), default="off")
     parser.add_argument("--request-stride", type=int, default=HGAConfig().request_stride, help="every how manyth query requests pages")
     parser.add_argument("--scan-pairs", type=auto_or_int, default="auto", help="rotary pairs in which tokens are scanned, 0: sketches")
+    parser.add_argument("--scan-stride", type=auto_or_int, default="auto", help="every how manyth query scans them")
     parser.add_argument("--votes", type=auto_or_int, default="auto", help="votes that keep a page open, 0: any request does")
     parser.add_argument("--vote-share", type=float, default=HGAConfig().vote_share, help="share of the threshold that makes a vote")
     parser.add_argument("--repeats", type=int, default=5)
@@ -202,7 +203,7 @@ def main(argv: list[str]) -> None:
     if bad := [n for n in options.lengths if n % CHUNK or n < 2 * (SINKS + LOCAL) * CHUNK]:
         parser.error(f"--lengths {bad}: multiples of {CHUNK} from {2 * (SINKS + LOCAL) * CHUNK} on")
     shape = SHAPES[options.shape][1:]
-    names = ("screening", "request_stride", "scan_pairs", "votes", "vote_share")
+    names = ("screening", "request_stride", "scan_pairs", "scan_stride", "votes", "vote_share")
     config = HGAConfig(**{name: getattr(options, name) for name in names})
     ceiling = ceiling_tflops(8192 if jax.default_backend() == "gpu" else 512)
     print(environment(), f"matmul ceiling {ceiling:.3g} TFLOP/s", flush=True)

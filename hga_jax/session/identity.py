@@ -20,7 +20,7 @@ from hga_jax.session.state_format import has_energies
 from hga_jax.sketches import ROTATION_VERSION
 
 # Settings younger than the format, with what was done before them: left out where they say that, so that histories stored before stay good.
-LATER_SETTINGS = {"scan_pairs": 0, "pairs_threshold": 0.0, "votes": 0, "sketch_pairs": 0}
+LATER_SETTINGS = {"scan_pairs": 0, "pairs_threshold": 0.0, "scan_stride": 1, "votes": 0, "sketch_pairs": 0}
 STAMPS_VERSION = 2  # how many votes a page has, counted up to votes.ENOUGH
 ENERGIES_VERSION = 1  # stored with every reuse point: what prefill chooses rotary pairs by
 SAMPLES = 1024  # values of each weight that its fingerprint covers, evenly spread: other weights differ nearly everywhere

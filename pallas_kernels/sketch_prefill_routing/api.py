@@ -82,10 +82,10 @@ def route(
     query there, throughout the next.
     Requests beyond `capacity` pages a list are refused, in order of (row, page id).
 
-    screen None: every query probes every page by its sketched keys. Otherwise every screen.stride-th query screens them by their means and
-    spreads: pages that reach threshold * screen.margin of the mass of its windows are candidates from that query on to the end of the next
-    chunk (of this call). Every screen.request_stride-th query asks for candidates it knows, by their sketched keys, against the mass of its
-    own windows and, by means and spreads, of those candidates.
+    screen None: every rule.stride-th query probes every page by its sketched keys. Otherwise every screen.stride-th query screens them by
+    their means and spreads: pages that reach threshold * screen.margin of the mass of its windows are candidates from that query on to the
+    end of the next chunk (of this call). Every screen.request_stride-th query asks for candidates it knows, by their sketched keys, against
+    the mass of its own windows and, by means and spreads, of those candidates.
     Nothing depends on a later query. The rule is this project's (hga_jax/eval/README.md); what screening costs: config.Screen.
     """
     steps = _steps(implementation, config or Config(), interpret)
@@ -95,7 +95,9 @@ def route(
     if isinstance(keys, PairKeys):
         few = pair_queries(query, keys, rule.scale), keys.means
     if screen is None:
-        rule, vectors, spreads = replace(rule, stride=1), keys.tokens, None
+        if rule.votes and rule.vote_stride % rule.stride:
+            raise ValueError(f"vote_stride={rule.vote_stride} must be a multiple of stride={rule.stride}: only probes can vote")
+        vectors, spreads = keys.tokens, None
         window, mass, first = steps.scan(query, bounds, pages, keys.tokens, *few, threshold=threshold, rule=rule)
         if rule.votes:
             voters = replace(rule, stride=rule.vote_stride)

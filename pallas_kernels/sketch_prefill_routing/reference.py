@@ -7,7 +7,7 @@ import numpy as np
 
 def reference_route(
     query, keys, sketched, stamps, first_position, count, *, chunk_size, group_size, sink_chunks, local_chunks, scale, threshold, capacity,
-    screen=None, votes=0, vote_share=1.0, vote_stride=1,
+    screen=None, votes=0, vote_share=1.0, vote_stride=1, stride=1,
 ):  # fmt: skip
     """query [T, N, H]; keys [K, S, H] exact; sketched [K, S, H]. screen: None, or a dict with the fields of config.Screen.
 
@@ -22,7 +22,7 @@ def reference_route(
         touched, opened, cast = stamps
     kv_heads, ratio = len(keys), query.shape[1] // len(keys)
     per_chunk = chunk_size // group_size
-    stride, request_stride = (screen["stride"], screen["request_stride"]) if screen else (1, 1)
+    stride, request_stride = (screen["stride"], screen["request_stride"]) if screen else (stride, stride)
     visible = [{} for _ in range(kv_heads)]
     refused, unopened, closest = 0, 0.0, np.inf
 

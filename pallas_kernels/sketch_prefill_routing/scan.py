@@ -68,17 +68,17 @@ def _windows_kernel(
         plgpu.store(window_ref.at[outer(k, block, probes.row)], log2_mass(windows) / LOG2E, mask=probes.inside)
 
 
-def asked_for(asking: Bool[Array, "rows pages"]) -> Bool[Array, " pages"]:
-    """Whether any row asks for a page. Rows are counted in bytes, pages 8 apart side by side in a word, as each thread has them: a quarter
-    of the words go from thread to thread.
+def how_many(rows_say: Bool[Array, "rows pages"]) -> Int[Array, " pages"]:
+    """For how many rows it is so, of each page. They are counted in bytes, pages 8 apart side by side in a word, as each thread has them: a
+    quarter of the words go from thread to thread.
     """
-    rows, pages = asking.shape
+    rows, pages = rows_say.shape
     if rows >= 256 or pages % 32:
-        return jnp.max(asking.astype(jnp.int32), axis=0) > 0
+        return jnp.sum(rows_say.astype(jnp.int32), axis=0)
     byte = span(0, pages) // 8 % 4 * 8
-    ones = jnp.where(asking, (1 << byte)[None, :], 0)
+    ones = jnp.where(rows_say, (1 << byte)[None, :], 0)
     counts = jnp.sum(jnp.sum(ones.reshape(rows, pages // 32, 4, 8), axis=2), axis=0)
-    return (jnp.broadcast_to(counts[:, None, :], (pages // 32, 4, 8)).reshape(pages) >> byte) & 255 > 0
+    return (jnp.broadcast_to(counts[:, None, :], (pages // 32, 4, 8)).reshape(pages) >> byte) & 255
 
 
 def _pages_kernel(
@@ -109,7 +109,7 @@ def _pages_kernel(
             scores = jnp.where(there[None, :], scores, -jnp.inf)
             total = jnp.minimum(total + jnp.sum(exp2(scores - window[:, None], interpret), axis=1), LARGEST)
             bound = jnp.where(probes.live, window + jnp.log2(total) + math.log2(threshold), jnp.inf)
-            near = jnp.where(asked_for(scores >= bound[:, None]), 0, rule.chunk_size)
+            near = jnp.where(how_many(scores >= bound[:, None]) > 0, 0, rule.chunk_size)
             plgpu.store(marks_ref.at[outer(k, block, tile, page)], near.astype(marks_ref.dtype), mask=there)
             return total
 
@@ -202,7 +202,7 @@ def _votes_kernel(
         def count(i: Any, _: None) -> None:
             page = span(first + i * tile_pages, tile_pages)
             scores = page_scores(probes, keys_ref, None, None, k, page, page < end, rule, means_ref, interpret)
-            cast = jnp.sum((scores >= bound[:, None]).astype(jnp.int32), axis=0)
+            cast = how_many(scores >= bound[:, None])
             plgpu.store(votes_ref.at[outer(k, block, tile, page)], cast.astype(votes_ref.dtype), mask=page < end)
 
         lax.fori_loop(0, (end - first + tile_pages - 1) // tile_pages, count, None)
